@@ -1,0 +1,238 @@
+"""Which code serves an operation: the operation's name is its meaning, a backend is how.
+
+Each backend states a predicate that answers None (it serves) or a reason (why not). The choice depends on the
+operation, the device, the dtype and the operation's features (masks, cache form: never lengths), is made once for
+each such combination and is a table look-up afterwards: no environment reads and no probing in a call.
+
+Every operation is also registered with `torch.library` as `minmo_kernels::<name>`, with its mutated arguments declared
+and a fake function, so that `torch.compile(fullgraph=True)` and `torch.export` see one opaque operation. Eager code
+calls the chosen backend directly, so autograd sees through the references.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("minmo_kernels", "FRAGMENT")
+OPS: dict[str, Op] = {}
+"""All operations by name, in the order of registration."""
+
+_forced: str | None = os.environ.get("MINMO_KERNELS_BACKEND")
+_strict = False
+_intercepting = False
+
+
+class BackendError(RuntimeError):
+    """A forced backend, or strict mode, cannot be satisfied."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a backend's predicate may look at: everything that decides the choice, and no lengths."""
+
+    device: str
+    capability: tuple[int, int] | None
+    dtype: torch.dtype
+    features: dict[str, Hashable]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an operation.
+
+    run: takes the operation's arguments in schema order. refuses: None when it serves a request, else the reason.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    refuses: Callable[[Request], str | None] = lambda request: None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One backend's answer in an explanation."""
+
+    backend: str
+    reason: str | None
+    chosen: bool
+
+    def __str__(self) -> str:
+        answer = "accepts" if self.reason is None else f"refuses: {self.reason}"
+        return f"{'->' if self.chosen else '  '} {self.backend}: {answer}"
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Every backend of an operation for one call, with reasons; `->` marks the one that runs."""
+
+    op: str
+    request: Request
+    verdicts: tuple[Verdict, ...]
+
+    def __str__(self) -> str:
+        features = ", ".join(f"{k}={v}" for k, v in self.request.features.items())
+        where = self.request.device + ("" if self.request.capability is None else f" sm_{self._sm}")
+        head = f"{self.op} on {where}, {str(self.request.dtype).removeprefix('torch.')}, {features or 'no features'}"
+        return "\n".join([head, *map(str, self.verdicts)])
+
+    @property
+    def _sm(self) -> str:
+        return "".join(map(str, self.request.capability or ()))
+
+
+class Op:
+    """A registered operation.
+
+    schema: torch.library schema without the name, mutated arguments as `Tensor(a!)`. reference: the oracle, always
+    the last choice. fake: output shapes and dtypes for tracing. features: what of a call, besides device and dtype of
+    the first argument, may decide the backend (hashable values, never lengths).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        fake: Callable[..., Any],
+        features: Callable[..., dict[str, Hashable]] = lambda *args: {},
+        backends: tuple[Backend, ...] = (),
+    ) -> None:
+        self.name = name
+        self.backends = (*backends, Backend("reference", reference))
+        self._features = features
+        self._table: dict[Hashable, Backend] = {}
+        _LIBRARY.define(name + schema)
+        _LIBRARY.impl(name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"minmo_kernels::{name}", fake, lib=_LIBRARY)
+        self.torch_op = getattr(torch.ops.minmo_kernels, name).default
+        OPS[name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self.torch_op(*args)
+        if _intercepting:
+            raise _Intercepted(self, args)
+        return self._run(*args)
+
+    def _run(self, *args: Any) -> Any:
+        return self.choose(*args).run(*args)
+
+    def choose(self, *args: Any) -> Backend:
+        """The backend that serves this call. Raises BackendError where a forced one or strict mode cannot."""
+        features = self._features(*args)
+        key = (args[0].device, args[0].dtype, _forced, _strict, *features.values())
+        backend = self._table.get(key)
+        if backend is None:
+            backend = self._table[key] = self._select(_request(args[0], features))
+        return backend
+
+    def _select(self, request: Request) -> Backend:
+        if _forced is not None:
+            for backend in self.backends:
+                if backend.name == _forced:
+                    if reason := backend.refuses(request):
+                        raise BackendError(f"{self.name}: the forced backend {_forced!r} cannot serve: {reason}")
+                    return backend
+            known = ", ".join(b.name for b in self.backends)
+            raise BackendError(f"{self.name} has no backend {_forced!r}; it has {known}")
+        chosen = next(b for b in self.backends if b.refuses(request) is None)
+        if _strict and chosen.name == "reference":
+            raise BackendError(f"strict mode: only the reference serves this call\n{self._explain(request)}")
+        return chosen
+
+    def _explain(self, request: Request) -> Explanation:
+        reasons = [(b.name, b.refuses(request)) for b in self.backends]
+        first = next(name for name, reason in reasons if reason is None)
+        chosen = _forced if _forced is not None else first
+        return Explanation(self.name, request, tuple(Verdict(n, r, n == chosen and r is None) for n, r in reasons))
+
+
+def backends_in_use() -> dict[str, list[str]]:
+    """For each operation called so far in this process, the backends that served it."""
+    used = {name: sorted({b.name for b in op._table.values()}) for name, op in OPS.items()}
+    return {name: backends for name, backends in used.items() if backends}
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend would serve `function(*args, **kwargs)`, and why not the others. Runs nothing.
+
+    >>> print(minmo_kernels.explain(minmo_kernels.rms_norm, x, weight, eps=1e-6))
+    """
+    op, arguments = intercept(function, *args, **kwargs)
+    return op._explain(_request(arguments[0], op._features(*arguments)))
+
+
+def intercept(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Op, tuple[Any, ...]]:
+    """The operation that a public function reaches and its arguments in schema order, without running it."""
+    global _intercepting
+    _intercepting = True
+    try:
+        function(*args, **kwargs)
+    except _Intercepted as call:
+        return call.op, call.args
+    finally:
+        _intercepting = False
+    raise TypeError(f"{function!r} is not an operation of minmo_kernels")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for all operations inside the block. One that cannot serve raises BackendError."""
+    global _forced
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextlib.contextmanager
+def strict() -> Iterator[None]:
+    """Inside the block, a call that only the reference could serve raises BackendError, with every backend's reason."""
+    global _strict
+    before, _strict = _strict, True
+    try:
+        yield
+    finally:
+        _strict = before
+
+
+def check(condition: bool, message: Callable[[], str]) -> None:
+    """Argument validation of the public functions; the message is built only when it is needed."""
+    if not condition:
+        raise ValueError(message())
+
+
+def check_tensor(op: str, name: str, tensor: torch.Tensor, shape: str, device: torch.device, *dtypes: Any) -> None:
+    """Checks one argument against a shape such as "batch T heads dim", a device and the allowed dtypes (none = any)."""
+    axes = shape.split()
+    if tensor.dim() != len(axes):
+        raise ValueError(f"{op}: {name} must have the shape ({', '.join(axes)}), got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but the first argument is on {device}; move it there")
+    if dtypes and tensor.dtype not in dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise ValueError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a reference computes in: fp32 for anything narrower, the input's own precision otherwise."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+class _Intercepted(Exception):
+    def __init__(self, op: Op, args: tuple[Any, ...]) -> None:
+        super().__init__(op.name)
+        self.op, self.args = op, args
+
+
+def _request(tensor: torch.Tensor, features: dict[str, Hashable]) -> Request:
+    capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
+    return Request(tensor.device.type, capability, tensor.dtype, features)

@@ -1,0 +1,77 @@
+"""Bias, rotary embedding and cache write of new positions, from the packed qkv projection."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.ops.append_kv.reference import reference
+
+
+def append_kv(
+    qkv: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    q_lengths: Tensor | None = None,
+    *,
+    heads: int,
+    kv_heads: int,
+    rope_theta: float = 10_000.0,
+    rope: bool = True,
+    ring: bool = False,
+) -> Tensor:
+    """Adds the bias, rotates q and k by their positions, writes k and v into the caches in place and returns q.
+
+    Shapes: qkv (batch, T, (heads + 2 kv_heads) dim), packed [q | k | v]; bias ((heads + 2 kv_heads) dim,) or None;
+    k_cache, v_cache (sessions, capacity, kv_heads, dim), written; rows (batch,) int32, -1 = padding; lengths
+    (sessions,) int32, the positions already in each cache: new item t of entry b becomes position
+    lengths[rows[b]] + t. The caller advances the lengths afterwards. q_lengths (batch,) int32: new items, default T.
+
+    Rotary embedding: half-split pairs (i, i + dim/2), angle = position * rope_theta^(-2i/dim). Slots: position p in
+    slot p, or p % capacity with `ring`. Returns q (batch, T, heads, dim), zeros for what does not exist.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for positions past a linear cache's
+    capacity; the caches are then unchanged.
+    """
+    name = "append_kv"
+    check_tensor(name, "qkv", qkv, "batch T packed", qkv.device)
+    for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor(name, label, cache, "sessions capacity kv_heads dim", qkv.device, qkv.dtype)
+    check_tensor(name, "rows", rows, "batch", qkv.device, torch.int32)
+    check_tensor(name, "lengths", lengths, "sessions", qkv.device, torch.int32)
+    if bias is not None:
+        check_tensor(name, "bias", bias, "packed", qkv.device, qkv.dtype)
+    if q_lengths is not None:
+        check_tensor(name, "q_lengths", q_lengths, "batch", qkv.device, torch.int32)
+    capacity, dim = k_cache.shape[1], k_cache.shape[3]
+    packed = (heads + 2 * kv_heads) * dim
+    check(k_cache.shape == v_cache.shape, lambda: f"{name}: k_cache and v_cache differ in shape")
+    check(k_cache.shape[2] == kv_heads, lambda: f"{name}: the caches have {k_cache.shape[2]} heads, not {kv_heads}")
+    check(
+        qkv.shape[2] == packed,
+        lambda: f"{name}: qkv's last axis must be (heads + 2 kv_heads) dim = {packed}, got {qkv.shape[2]}",
+    )
+    check(rows.shape[0] == qkv.shape[0], lambda: f"{name}: rows has {rows.shape[0]} entries, qkv {qkv.shape[0]}")
+    check(
+        qkv.shape[1] <= capacity,
+        lambda: f"{name}: {qkv.shape[1]} new positions do not fit into a cache of {capacity}; append in pieces",
+    )
+    return OP(qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, heads, kv_heads, rope_theta, rope, ring)
+
+
+def _fake(qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, heads, kv_heads, rope_theta, rope, ring):
+    return qkv.new_empty((qkv.shape[0], qkv.shape[1], heads, k_cache.shape[3]))
+
+
+OP = Op(
+    "append_kv",
+    "(Tensor qkv, Tensor? bias, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows, Tensor lengths,"
+    " Tensor? q_lengths, int heads, int kv_heads, float rope_theta, bool rope, bool ring) -> Tensor",
+    reference=reference,
+    fake=_fake,
+    features=lambda qkv, bias, k, *args: {"ring": args[-1], "rope": args[-2], "dim": k.shape[3]},
+)

@@ -1,0 +1,55 @@
+"""`append_kv` in plain PyTorch, and the rotary embedding that other references share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minmo_kernels.dispatch import compute_dtype
+
+
+def reference(
+    qkv: Tensor,
+    bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    q_lengths: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    rope_theta: float,
+    rope: bool,
+    ring: bool,
+) -> Tensor:
+    batch, items, _ = qkv.shape
+    capacity, dim = k_cache.shape[1], k_cache.shape[3]
+    count = torch.full_like(rows, items) if q_lengths is None else q_lengths
+    step = torch.arange(items, device=qkv.device)
+    exists = (step < count[:, None]) & (rows >= 0)[:, None]
+    position = lengths[rows.clamp(min=0).long()][:, None] + step
+    if not ring and (position * exists).amax().item() >= capacity:
+        raise ValueError(f"append_kv: position {(position * exists).amax().item()} does not fit a cache of {capacity}")
+
+    packed = torch.where(exists[:, :, None], qkv, 0.0).to(compute_dtype(qkv.dtype))
+    if bias is not None:
+        packed = packed + bias
+    q, k, v = packed.unflatten(2, (-1, dim)).split([heads, kv_heads, kv_heads], dim=2)
+    if rope:
+        q, k = rotate(q, position, rope_theta), rotate(k, position, rope_theta)
+
+    slot = (position % capacity if ring else position)[exists].long()
+    row = rows[:, None].expand_as(exists)[exists].long()
+    k_cache[row, slot] = k[exists].to(k_cache.dtype)
+    v_cache[row, slot] = v[exists].to(v_cache.dtype)
+    return torch.where(exists[:, :, None, None], q, 0.0).to(qkv.dtype)
+
+
+def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
+    """Rotary embedding, half-split pairs. x (batch, T, heads, dim), position (batch, T)."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
+    angle = (position.to(x.dtype)[..., None] * frequency)[:, :, None]
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -1,0 +1,38 @@
+"""Fourth launch of a decode layer: norm, gate and up projections, SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.ops.gate_up_swiglu.reference import reference
+
+
+def gate_up_swiglu(x: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, *, eps: float) -> Tensor:
+    """silu(gate) * up of the normed input, with gate and up interleaved in one weight, without rounding in between.
+
+    Shapes: x (batch, dim); norm_weight (dim,); weight (2 ffn, dim), row 2i = gate i, row 2i + 1 = up i; rows (batch,)
+    int32, -1 = padding. Returns (batch, ffn) in x's dtype, zeros for padding entries. Raises ValueError for shapes,
+    dtypes or devices that do not fit. Source: Shazeer, 2020 (arXiv 2002.05202).
+    """
+    name = "gate_up_swiglu"
+    check_tensor(name, "x", x, "batch dim", x.device)
+    check_tensor(name, "norm_weight", norm_weight, "dim", x.device, x.dtype)
+    check_tensor(name, "weight", weight, "2*ffn dim", x.device, x.dtype)
+    check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
+    check(
+        norm_weight.shape[0] == weight.shape[1] == x.shape[1],
+        lambda: f"{name}: norm_weight has {norm_weight.shape[0]} values, weight {weight.shape[1]}, x {x.shape[1]}",
+    )
+    check(weight.shape[0] % 2 == 0, lambda: f"{name}: weight must have 2 rows a unit, got {weight.shape[0]}")
+    check(rows.shape[0] == x.shape[0], lambda: f"{name}: rows has {rows.shape[0]} entries, x {x.shape[0]}")
+    return OP(x, norm_weight, weight, rows, eps)
+
+
+OP = Op(
+    "gate_up_swiglu",
+    "(Tensor x, Tensor norm_weight, Tensor weight, Tensor rows, float eps) -> Tensor",
+    reference=reference,
+    fake=lambda x, norm_weight, weight, rows, eps: x.new_empty((x.shape[0], weight.shape[0] // 2)),
+)

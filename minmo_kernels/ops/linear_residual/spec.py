@@ -1,0 +1,85 @@
+"""Declaration of `linear_residual`: cases, oracle, laws, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minmo_kernels.ops.linear_residual import linear_residual
+from minmo_kernels.spec import Case, OpSpec
+from minmo_kernels.testing import generator, normal, padding_nan, random_rows
+
+
+def draw(st: Any) -> Any:
+    return st.fixed_dictionaries(
+        {
+            "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+            "batch": st.integers(1, 4),
+            "dim_in": st.sampled_from([32, 96, 130]),
+            "dim_out": st.sampled_from([16, 64, 101]),
+            "seed": st.integers(0, 2**31 - 1),
+        }
+    )
+
+
+def make(case: Case) -> dict[str, Any]:
+    g = generator(case)
+    batch, dim_in, dim_out, dtype = case["batch"], case["dim_in"], case["dim_out"], case["dtype"]
+    rows = random_rows(g, batch, batch + 1)
+    return {
+        "x": padding_nan(normal(g, batch, dim_in, dtype=dtype), rows),
+        "weight": normal(g, dim_out, dim_in, dtype=dtype, scale=dim_in**-0.5),
+        "residual": padding_nan(normal(g, batch, dim_out, dtype=dtype), rows),
+        "rows": rows,
+    }
+
+
+def oracle(x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor) -> tuple[Tensor]:
+    """One extra input that is always 1 carries the residual."""
+    out = torch.zeros(residual.shape, dtype=torch.float64)
+    for b, row in enumerate(rows.tolist()):
+        if row >= 0:
+            columns = torch.cat([weight.double(), residual[b].double()[:, None]], dim=1)
+            out[b] = columns @ torch.cat([x[b].double(), torch.ones(1, dtype=torch.float64)])
+    return (out,)
+
+
+def _sum_of_halves(case: Case) -> None:
+    """Two halves of the input, one after the other, give the whole."""
+    arguments = make(dict(case, dtype="float32"))
+    x, weight, half = arguments["x"], arguments["weight"], case["dim_in"] // 2
+    first = linear_residual(**dict(arguments, x=x[:, :half], weight=weight[:, :half]))
+    both = linear_residual(**dict(arguments, x=x[:, half:], weight=weight[:, half:], residual=first))
+    torch.testing.assert_close(both, linear_residual(**arguments), rtol=1e-4, atol=1e-5)
+
+
+def cases(dims: Mapping[str, int]) -> Iterator[Case]:
+    """Decode of a decoder with these sizes: dim, ffn (the down projection)."""
+    for batch in (1, 8):
+        yield {"dtype": "bfloat16", "batch": batch, "dim_in": dims["ffn"], "dim_out": dims["dim"], "seed": 0}
+
+
+def moved_bytes(case: Case) -> int:
+    values = case["dim_in"] * case["dim_out"] + case["batch"] * (case["dim_in"] + 2 * case["dim_out"])
+    return getattr(torch, case["dtype"]).itemsize * values
+
+
+def flops(case: Case) -> int:
+    return 2 * case["batch"] * case["dim_in"] * case["dim_out"]
+
+
+SPEC = OpSpec(
+    name="linear_residual",
+    function=linear_residual,
+    draw=draw,
+    make=make,
+    oracle=oracle,
+    cases=cases,
+    bytes=moved_bytes,
+    flops=flops,
+    batched=("x", "residual", "rows"),
+    invariants={"sum of halves": _sum_of_halves},
+)

@@ -1,0 +1,32 @@
+"""`rms_norm_qkv_rope_append` in plain PyTorch, rounded once at the end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minmo_kernels.ops.append_kv.reference import reference as append_reference
+from minmo_kernels.ops.rms_norm.reference import normalise
+
+
+def reference(
+    x: Tensor,
+    norm_weight: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    heads: int,
+    kv_heads: int,
+    eps: float,
+    rope_theta: float,
+    ring: bool,
+) -> Tensor:
+    normed = normalise(torch.where((rows >= 0)[:, None], x, 0.0), norm_weight, eps)
+    qkv = normed @ qkv_weight.to(normed.dtype).T
+    q = append_reference(
+        qkv[:, None], qkv_bias, k_cache, v_cache, rows, lengths, None, heads, kv_heads, rope_theta, True, ring
+    )
+    return q[:, 0].to(x.dtype)

@@ -1,0 +1,110 @@
+"""Attention of new queries over each session's cache: decode, chunked prefill, chunked streaming and one shot alike."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.ops.streaming_attention import backends
+from minmo_kernels.ops.streaming_attention.reference import reference
+
+MASKS = ("full", "causal", "chunk")
+
+
+def streaming_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    q_lengths: Tensor | None = None,
+    *,
+    mask: str = "causal",
+    window: int = 0,
+    chunk: int = 0,
+    left_chunks: int = -1,
+    chunk_offset: int = 0,
+    ring: bool = False,
+    scale: float | None = None,
+    partials: int = 0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention of the newest positions of each session over its cached keys and values.
+
+    Shapes: q (batch, T, heads, dim); k_cache, v_cache (sessions, capacity, kv_heads, dim), heads a multiple of
+    kv_heads (query head h reads kv head h // (heads / kv_heads)); rows (batch,) int32, -1 = padding; lengths
+    (sessions,) int32, each session's end position, the new ones included; q_lengths (batch,) int32, default T. Query t
+    of entry b has the absolute position lengths[rows[b]] - q_lengths[b] + t.
+
+    Caches: position p lies in slot p, or with `ring` in slot p % capacity (the last `capacity` positions exist; a
+    bounded mask is then required, and capacity must hold what the mask can see). One shot: the sequence's own keys and
+    values are the cache.
+
+    Masks: "full", every position; "causal", key <= query (bottom-right), within the last `window` positions where
+    window > 0 (the query's own counts); "chunk", with c(p) = (p + chunk_offset) // chunk: c(key) <= c(query), and
+    c(key) >= c(query) - left_chunks where left_chunks >= 0.
+
+    scale: of the scores, default 1 / sqrt(dim). Returns out (batch, T, heads, dim) in q's dtype, zeros for padding
+    entries, queries beyond q_lengths and queries that see nothing; with `return_lse` also the natural log-sum-exp of
+    the scores (batch, T, heads) fp32, -inf there. partials = n > 0 gives n unmerged parts over equal slot ranges: out
+    (batch, n, T, heads, dim) fp32 and lse (batch, n, T, heads), always both.
+
+    Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    name = "streaming_attention"
+    check_tensor(name, "q", q, "batch T heads dim", q.device)
+    for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        check_tensor(name, label, cache, "sessions capacity kv_heads dim", q.device, q.dtype)
+    check_tensor(name, "rows", rows, "batch", q.device, torch.int32)
+    check_tensor(name, "lengths", lengths, "sessions", q.device, torch.int32)
+    batch, queries, heads, dim = q.shape
+    sessions, capacity, kv_heads, _ = k_cache.shape
+    check(k_cache.shape == v_cache.shape, lambda: f"{name}: k_cache and v_cache differ in shape")
+    check(k_cache.shape[3] == dim, lambda: f"{name}: q has head dimension {dim}, the caches {k_cache.shape[3]}")
+    check(heads % kv_heads == 0, lambda: f"{name}: {heads} heads are no multiple of {kv_heads} kv heads")
+    check(rows.shape[0] == batch, lambda: f"{name}: rows has {rows.shape[0]} entries for a batch of {batch}")
+    check(lengths.shape[0] == sessions, lambda: f"{name}: lengths has {lengths.shape[0]} rows for {sessions} sessions")
+    if q_lengths is not None:
+        check_tensor(name, "q_lengths", q_lengths, "batch", q.device, torch.int32)
+    check(mask in MASKS, lambda: f"{name}: mask must be one of {', '.join(MASKS)}, got {mask!r}")
+    check((mask == "chunk") == (chunk > 0), lambda: f"{name}: chunk must be > 0 with mask 'chunk' and 0 otherwise")
+    check(window == 0 or mask == "causal", lambda: f"{name}: window goes with mask 'causal'")
+    if ring:
+        seen = window - 1 if mask == "causal" and window > 0 else chunk * left_chunks if left_chunks >= 0 else -1
+        check(seen >= 0, lambda: f"{name}: a ring cache needs a bounded mask (window > 0 or left_chunks >= 0)")
+        check(
+            capacity >= seen + queries,
+            lambda: f"{name}: a ring of {capacity} cannot hold {seen} positions of context and {queries} new ones",
+        )
+    out, lse = OP(
+        q, k_cache, v_cache, rows, lengths, q_lengths, mask, window, chunk, left_chunks, chunk_offset, ring,
+        dim**-0.5 if scale is None else scale, partials, return_lse or partials > 0,
+    )  # fmt: skip
+    return (out, lse) if return_lse or partials > 0 else out
+
+
+def _fake(q, k_cache, v_cache, rows, lengths, q_lengths, mask, window, chunk, left_chunks, chunk_offset, ring, scale,
+          partials, return_lse):  # fmt: skip
+    batch, queries, heads, dim = q.shape
+    parts = (batch, partials) if partials else (batch,)
+    out = q.new_empty((*parts, queries, heads, dim), dtype=torch.float32 if partials else q.dtype)
+    lse = q.new_empty((*parts, queries, heads) if return_lse else (0,), dtype=torch.float32)
+    return out, lse
+
+
+def _features(q, k_cache, v_cache, rows, lengths, q_lengths, mask, window, chunk, left_chunks, chunk_offset, ring,
+              scale, partials, return_lse):  # fmt: skip
+    return {"mask": mask, "ring": ring, "dim": q.shape[3], "lse": return_lse, "partials": partials > 0}
+
+
+OP = Op(
+    "streaming_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor rows, Tensor lengths, Tensor? q_lengths, str mask, int window,"
+    " int chunk, int left_chunks, int chunk_offset, bool ring, float scale, int partials, bool return_lse)"
+    " -> (Tensor, Tensor)",
+    reference=reference,
+    fake=_fake,
+    features=_features,
+    backends=(backends.TORCH,),
+)

@@ -1,0 +1,167 @@
+"""Declaration of `streaming_attention`: cases, oracle, laws, cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minmo_kernels.ops.streaming_attention import streaming_attention
+from minmo_kernels.spec import Case, OpSpec
+from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_rows
+
+FORMS: dict[str, dict[str, Any]] = {
+    "full": {"mask": "full"},
+    "causal": {"mask": "causal"},
+    "window": {"mask": "causal", "window": 5},
+    "window ring": {"mask": "causal", "window": 5, "ring": True},
+    "chunk": {"mask": "chunk", "chunk": 3},
+    "chunk left": {"mask": "chunk", "chunk": 3, "left_chunks": 2, "chunk_offset": 1},
+    "chunk ring": {"mask": "chunk", "chunk": 2, "left_chunks": 2, "ring": True},
+}
+
+
+def draw(st: Any) -> Any:
+    return st.fixed_dictionaries(
+        {
+            "form": st.sampled_from(sorted(FORMS)),
+            "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+            "batch": st.integers(1, 3),
+            "queries": st.integers(1, 5),
+            "heads": st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 1), (7, 1)]),
+            "dim": st.sampled_from([64, 128]),
+            "capacity": st.integers(12, 24),
+            "seed": st.integers(0, 2**31 - 1),
+        }
+    )
+
+
+def make(case: Case) -> dict[str, Any]:
+    g = generator(case)
+    form = FORMS[case["form"]]
+    heads, kv_heads = case["heads"]
+    batch, queries, capacity = case["batch"], case["queries"], case["capacity"]
+    sessions = batch + 1
+    longest = capacity if not form.get("ring") else 3 * capacity
+    lengths = torch.randint(queries, longest + 1, (sessions,), generator=g, dtype=torch.int32)
+    q_lengths = torch.randint(0, queries + 1, (batch,), generator=g, dtype=torch.int32)
+    q = normal(g, batch, queries, heads, case["dim"], dtype=case["dtype"])
+    k = normal(g, sessions, capacity, kv_heads, case["dim"], dtype=case["dtype"])
+    v = normal(g, sessions, capacity, kv_heads, case["dim"], dtype=case["dtype"])
+    return {
+        "q": beyond_lengths_nan(q, q_lengths),
+        "k_cache": beyond_lengths_nan(k, lengths),
+        "v_cache": beyond_lengths_nan(v, lengths),
+        "rows": random_rows(g, batch, sessions),
+        "lengths": lengths,
+        "q_lengths": q_lengths,
+        "return_lse": True,
+        **form,
+    }
+
+
+def oracle(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    rows: Tensor,
+    lengths: Tensor,
+    q_lengths: Tensor,
+    mask: str,
+    window: int = 0,
+    chunk: int = 0,
+    left_chunks: int = -1,
+    chunk_offset: int = 0,
+    ring: bool = False,
+    return_lse: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Query by query and key by key, over an explicit list of the positions that the query sees."""
+    batch, queries, heads, dim = q.shape
+    capacity, group = k_cache.shape[1], heads // k_cache.shape[2]
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    lse = torch.full(q.shape[:3], -math.inf, dtype=torch.float64)
+    for b, row in enumerate(rows.tolist()):
+        for t in range(int(q_lengths[b]) if row >= 0 else 0):
+            end = int(lengths[row])
+            query = end - int(q_lengths[b]) + t
+            seen = [p for p in range(max(0, end - capacity) if ring else 0, end)]
+            if mask == "causal":
+                seen = [p for p in seen if p <= query and (window == 0 or query - p < window)]
+            if mask == "chunk":
+                own = (query + chunk_offset) // chunk
+                behind = [(p, own - (p + chunk_offset) // chunk) for p in seen]
+                seen = [p for p, n in behind if n >= 0 and (left_chunks < 0 or n <= left_chunks)]
+            slots = [p % capacity for p in seen]
+            for h in range(heads):
+                keys = k_cache[row, slots, h // group].double()
+                scores = keys @ q[b, t, h].double() / math.sqrt(dim)
+                lse[b, t, h] = torch.logsumexp(scores, 0)
+                out[b, t, h] = torch.softmax(scores, 0) @ v_cache[row, slots, h // group].double()
+    return out, lse
+
+
+def _one_query_at_a_time(case: Case) -> None:
+    """Cutting the new positions into single ones changes nothing (whole chunks excepted: they see each other)."""
+    arguments = make(case)
+    if arguments["mask"] != "causal":
+        return
+    together, _ = streaming_attention(**arguments)
+    rows, lengths, count = arguments["rows"], arguments["lengths"], arguments["q_lengths"]
+    for b in range(len(rows)):
+        for t in range(int(count[b]) if rows[b] >= 0 else 0):
+            earlier = lengths - (count[b] - t - 1)
+            single = dict(arguments, q=arguments["q"][b : b + 1, t : t + 1], rows=rows[b : b + 1], lengths=earlier)
+            one, _ = streaming_attention(**dict(single, q_lengths=None))
+            # A ring has already overwritten what the oldest single steps would have kept beyond the window.
+            torch.testing.assert_close(one[0, 0], together[b, t], rtol=1e-2, atol=1e-2)
+
+
+def _partials_merge(case: Case) -> None:
+    """Partials merged by their log-sum-exp equal the whole."""
+    arguments = make(case)
+    out, lse = streaming_attention(**arguments)
+    parts, part_lse = streaming_attention(**arguments, partials=3)
+    total = torch.logsumexp(part_lse, dim=1)
+    torch.testing.assert_close(total, lse, rtol=1e-5, atol=1e-5)
+    weight = torch.exp(part_lse - torch.where(total.isfinite(), total, 0.0)[:, None])
+    merged = (parts * weight[..., None]).sum(1)
+    torch.testing.assert_close(merged.to(out.dtype), out, rtol=1e-2, atol=1e-2)
+
+
+def cases(dims: Mapping[str, int]) -> Iterator[Case]:
+    """Decode and prefill of a decoder with these sizes: heads, kv_heads, head_dim, capacity."""
+    for batch in (1, 8):
+        for queries in (1, 64):
+            yield {
+                "form": "causal", "dtype": "bfloat16", "batch": batch, "queries": queries,
+                "heads": (dims["heads"], dims["kv_heads"]), "dim": dims["head_dim"],
+                "capacity": dims["capacity"], "seed": 0,
+            }  # fmt: skip
+
+
+def moved_bytes(case: Case) -> int:
+    size = getattr(torch, case["dtype"]).itemsize
+    heads, kv_heads = case["heads"]
+    cache = 2 * case["capacity"] * kv_heads
+    return size * case["batch"] * case["dim"] * (cache + 2 * case["queries"] * heads)
+
+
+def flops(case: Case) -> int:
+    return 4 * case["batch"] * case["queries"] * case["capacity"] * case["heads"][0] * case["dim"]
+
+
+SPEC = OpSpec(
+    name="streaming_attention",
+    function=streaming_attention,
+    draw=draw,
+    make=make,
+    oracle=oracle,
+    cases=cases,
+    bytes=moved_bytes,
+    flops=flops,
+    batched=("q", "rows", "q_lengths"),
+    invariants={"one query at a time": _one_query_at_a_time, "partials merge": _partials_merge},
+)

@@ -1,0 +1,47 @@
+"""What an operation is, as data: one `OpSpec` feeds property tests, compile gate, benchmarks, roofline and docs.
+
+A case is plain values only (sizes, flags, a dtype name, a seed), so that it prints, hashes and travels as JSON;
+`make` turns it into tensors with a seeded generator, with NaN wherever nothing may be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Case = Mapping[str, Any]
+
+SPECS: dict[str, OpSpec] = {}
+"""All specs by operation name."""
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """An operation's declaration.
+
+    function: the public function; make(case) gives its keyword arguments. draw(st): a hypothesis strategy of cases,
+    given the module `hypothesis.strategies` (the package itself does not import it). oracle: an independent fp64
+    formulation with the function's keyword arguments, returning its outputs in a tuple, then the mutated arguments
+    in the order of `mutates`. cases(dims): the cases that a model with these sizes uses. bytes, flops: what one call
+    must move and compute. invariants: laws beyond the oracle, each a function of a case that asserts.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    draw: Callable[[Any], Any]
+    make: Callable[[Case], dict[str, Any]]
+    oracle: Callable[..., tuple[Any, ...]]
+    cases: Callable[[Mapping[str, int]], Iterable[Case]]
+    bytes: Callable[[Case], int]
+    flops: Callable[[Case], int]
+    mutates: tuple[str, ...] = ()
+    batched: tuple[str, ...] = ()
+    """Arguments whose first axis is the batch (`rows` included): permuting them permutes the outputs."""
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    slack: Callable[[Case], float] = lambda case: 0.0
+    """Extra error of the fp32 reference relative to the largest value (such as a rotary angle's rounding)."""
+    invariants: Mapping[str, Callable[[Case], None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        SPECS[self.name] = self

@@ -1,0 +1,41 @@
+"""How close is close: bounds derived from fp64 and from the reference's own error, never tuned by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_EPS32 = torch.finfo(torch.float32).eps
+
+
+def max_error(actual: Tensor, exact: Tensor) -> tuple[float, float]:
+    """(largest absolute error, largest magnitude of `exact`); infinities must agree in place and sign, NaN is an error."""
+    actual, exact = actual.double(), exact.double()
+    assert actual.shape == exact.shape, f"shapes differ: {tuple(actual.shape)} and {tuple(exact.shape)}"
+    finite = exact.isfinite()
+    assert torch.equal(actual[~finite], exact[~finite]), "infinities differ"
+    if not finite.any():
+        return 0.0, 0.0
+    error = (actual[finite] - exact[finite]).abs().max().item()
+    assert error == error, "NaN in the output"
+    return error, exact[finite].abs().max().item()
+
+
+def assert_as_good_as_reference(actual: Tensor, reference: Tensor, exact: Tensor) -> None:
+    """max|actual - fp64| <= 2 (max|reference - fp64| + eps max|fp64|), eps of the output's dtype; integers are equal."""
+    if not actual.is_floating_point():
+        assert torch.equal(actual, exact.to(actual.dtype)), "integer outputs differ"
+        return
+    error, scale = max_error(actual, exact)
+    bound = 2 * (max_error(reference, exact)[0] + torch.finfo(actual.dtype).eps * scale)
+    assert error <= bound, f"error {error:.3g} exceeds {bound:.3g} (largest value {scale:.3g})"
+
+
+def assert_reference_matches(actual: Tensor, exact: Tensor, slack: float = 0.0) -> None:
+    """The reference against fp64: fp32 arithmetic (64 ulp of the largest value), then one rounding to the dtype."""
+    if not actual.is_floating_point():
+        assert torch.equal(actual, exact.to(actual.dtype)), "integer outputs differ"
+        return
+    error, scale = max_error(actual, exact)
+    bound = (torch.finfo(actual.dtype).eps + 64 * _EPS32 + slack) * max(scale, 1e-6)
+    assert error <= bound, f"error {error:.3g} exceeds {bound:.3g} (largest value {scale:.3g})"
