@@ -1,0 +1,1 @@
+"""Data: what MinMo is trained and tested on, generated from rules."""

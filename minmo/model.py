@@ -1,0 +1,112 @@
+"""MinMo: the boxes of the paper's Figure 1 composed, and nothing else (arXiv 2501.06282, section 3.1).
+
+Sound -> log-mel -> voice encoder (25 Hz) -> input projector (12.5 Hz) -> LLM -> text; the LLM's hidden states and text
+embeddings -> output projector and voice token LM (5 semantic vectors : 15 speech tokens) -> flow matching (50 Hz mel)
+-> vocoder (24 kHz); the full-duplex predictor reads the LLM's hidden states.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from minmo.config import MinMoConfig
+from minmo.modules.backbone import Backbone, BackboneState
+from minmo.modules.duplex import DuplexPredictor, DuplexState
+from minmo.modules.encoder import Encoder, EncoderState
+from minmo.modules.projector import Projector, ProjectorState
+from minmo.modules.voice_decoder import VoiceDecoder, VoiceDecoderState
+from minmo.state import Lengths, State
+from minmo.token2wav.flow import Flow, FlowState
+from minmo.token2wav.vocoder import ExactState, FastState, Vocoder
+from minmo.tokenizer.frontend import Frontend, FrontendState
+from minmo.tokenizer.speech import SpeechTokenizer
+from minmo.tokenizer.text import TextTokenizer
+
+
+@dataclass
+class HearingState(State):
+    """Front end, encoder and projector of every session."""
+
+    frontend: FrontendState
+    encoder: EncoderState
+    projector: ProjectorState
+
+
+@dataclass
+class SpeakingState(State):
+    """Voice decoder, flow and vocoder of every session; reset before each reply."""
+
+    decoder: VoiceDecoderState
+    flow: FlowState
+    vocoder: ExactState | FastState
+
+
+@dataclass
+class MinMoState(State):
+    """Everything that a batch of sessions remembers."""
+
+    hearing: HearingState
+    llm: BackboneState
+    duplex: DuplexState
+    speaking: SpeakingState
+
+
+class MinMo(nn.Module):
+    """All modules of one configuration.
+
+    trained: whether the weights came from a checkpoint; provenance: where from, in words. speaker: the assistant's
+    voice, a vector for the flow's conditioning, (speaker_dim,).
+    """
+
+    speaker: Tensor
+
+    def __init__(self, config: MinMoConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.frontend = Frontend(config.frontend)
+        self.encoder = Encoder(config.encoder)
+        self.projector = Projector(config.projector)
+        self.llm = Backbone(config.llm)
+        self.voice_decoder = VoiceDecoder(config.voice_decoder)
+        self.duplex = DuplexPredictor(config.duplex)
+        self.speech_tokenizer = SpeechTokenizer(config.speech_tokenizer)
+        self.flow = Flow(config.flow)
+        self.vocoder = Vocoder(config.vocoder)
+        self.register_buffer("speaker", torch.randn(config.flow.speaker_dim))
+        self.tokenizer: TextTokenizer | None = None
+        self.trained = False
+        self.provenance = "no weights"
+
+    @property
+    def device(self) -> torch.device:
+        return self.speaker.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.speaker.dtype
+
+    def initial_state(self, sessions: int, max_positions: int, max_voice_positions: int) -> MinMoState:
+        """Empty states; max_positions: LLM context a session, max_voice_positions: voice token LM context a reply."""
+        return MinMoState(
+            hearing=HearingState(
+                self.frontend.initial_state(sessions, like=self.speaker),
+                self.encoder.initial_state(sessions),
+                self.projector.initial_state(sessions),
+            ),
+            llm=self.llm.initial_state(sessions, max_positions),
+            duplex=self.duplex.initial_state(sessions),
+            speaking=SpeakingState(
+                self.voice_decoder.initial_state(sessions, max_voice_positions),
+                self.flow.initial_state(sessions),
+                self.vocoder.initial_state(sessions),
+            ),
+        )
+
+    def embed_audio(self, audio: Tensor, lengths: Lengths) -> tuple[Tensor, Lengths]:
+        """One shot under the session mask: audio (batch, samples) 16 kHz -> LLM positions (batch, n, dim), 12.5 Hz."""
+        mel, lengths = self.frontend(audio, lengths)
+        frames, lengths = self.encoder(mel.to(self.dtype), lengths)
+        return self.projector(frames, lengths)

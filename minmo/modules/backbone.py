@@ -1,0 +1,225 @@
+"""The language model's backbone: a Qwen2-shaped decoder with packed weights, run whole or position by position.
+
+It serves the LLM (with token embedding and head) and, without them, the body of the voice token LM; the full-duplex
+predictor is built from its `DecoderLayer`. A conversation is a row of linear key-value caches that can be cut back
+(`truncate`) and branched (`copy_prefix`).
+
+Source: Qwen2.5 (arXiv 2412.15115) as used in MinMo (arXiv 2501.06282, section 3.1).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import minmo_kernels as mk
+from minmo.config import BackboneConfig
+from minmo.state import KVCache, Lengths, State, active_lengths, all_rows, full_lengths, kv_cache, masked
+
+INITIAL_STD = 0.02
+"""Standard deviation of untrained weights."""
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return mk.rms_norm(x, self.weight, eps=self.eps)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm causal attention with rotary positions, then a SwiGLU feed-forward.
+
+    Packed weights: `qkv` rows are [q | k | v]; `gate_up` rows interleave, 2i = gate i, 2i+1 = up i.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.heads * config.head_dim
+        self.input_norm = RMSNorm(config.dim, config.norm_eps)
+        self.qkv = nn.Linear(config.dim, width + 2 * config.kv_heads * config.head_dim)
+        self.o = nn.Linear(width, config.dim, bias=False)
+        self.post_norm = RMSNorm(config.dim, config.norm_eps)
+        self.gate_up = nn.Linear(config.dim, 2 * config.ffn, bias=False)
+        self.down = nn.Linear(config.ffn, config.dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Lengths,
+        cache: KVCache,
+        rows: Tensor,
+        starts: Tensor,
+        ends: Tensor,
+        *,
+        window: int = 0,
+        ring: bool = False,
+    ) -> Tensor:
+        """x (batch, T, dim), zeros beyond `lengths` (batch,) -> (batch, T, dim), zeros there too.
+
+        cache: the session's keys and values, written in place. starts, ends (sessions,) int32: positions in each cache
+        before and after this call. window > 0: a position sees the last `window` positions, its own included. ring:
+        position p lies in slot p % capacity (needs a window).
+        """
+        config = self.config
+        q = mk.append_kv(
+            self.qkv(self.input_norm(x)), None, cache.k, cache.v, rows, starts, lengths,
+            heads=config.heads, kv_heads=config.kv_heads, rope_theta=config.rope_theta, ring=ring,
+        )  # fmt: skip
+        seen = mk.streaming_attention(q, cache.k, cache.v, rows, ends, lengths, window=window, ring=ring)
+        x = x + self.o(seen.flatten(2))
+        gate, up = self.gate_up(self.post_norm(x)).unflatten(-1, (config.ffn, 2)).unbind(-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+def layer_cache(config: BackboneConfig, sessions: int, capacity: int, like: Tensor) -> KVCache:
+    """An empty cache for one layer, with the dtype and device of `like`."""
+    return kv_cache(sessions, capacity, config.kv_heads, config.head_dim, like)
+
+
+@dataclass
+class BackboneState(State):
+    """The context of each session: one linear cache a layer and the positions in it, (sessions,) int32."""
+
+    layers: list[KVCache]
+    lengths: Tensor
+
+    @property
+    def capacity(self) -> int:
+        """Positions that each session can hold."""
+        return self.layers[0].k.shape[1]
+
+
+class Backbone(nn.Module):
+    """Decoder over embeddings; with a vocabulary (`config.vocab` > 0) also `embed` and `logits`."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab, config.dim) if config.vocab else None
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab, bias=False) if config.vocab and not config.tied else None
+        initialise(self)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids (...) int -> embeddings (..., dim). Raises ValueError for an id outside the vocabulary."""
+        if self.embedding is None:
+            raise ValueError("this backbone has no token embedding (config.vocab is 0): give it embeddings")
+        if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab:
+            wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
+            raise ValueError(f"token id {wrong} is outside the vocabulary 0 .. {self.config.vocab - 1}")
+        return self.embedding(ids)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., dim) after the final norm -> (..., vocab)."""
+        if self.embedding is None:
+            raise ValueError("this backbone has no head (config.vocab is 0): use the hidden states")
+        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+
+    def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
+        """One shot: embeddings (batch, T, dim) -> hidden states after the final norm, same shape, zeros beyond."""
+        lengths = full_lengths(x) if lengths is None else lengths
+        self._check_input(x)
+        if x.numel() == 0:
+            return x
+        batch, size, _ = x.shape
+        x = masked(x, lengths)
+        rows, starts = all_rows(batch, x.device), torch.zeros_like(lengths)
+        for layer in self.layers:
+            # A fresh cache a layer: with gradients, autograd keeps it as that layer's keys and values.
+            x = layer(x, lengths, layer_cache(self.config, batch, size, x), rows, starts, lengths)
+        return self.norm(x)
+
+    def initial_state(self, sessions: int, capacity: int) -> BackboneState:
+        """Empty contexts of up to `capacity` positions for `sessions` sessions."""
+        like = self.norm.weight.detach()
+        return BackboneState(
+            [layer_cache(self.config, sessions, capacity, like) for _ in self.layers],
+            torch.zeros(sessions, dtype=torch.int32, device=like.device),
+        )
+
+    def step(
+        self, x: Tensor, x_lengths: Lengths, state: BackboneState, rows: Tensor, final: Tensor | None = None
+    ) -> tuple[Tensor, Lengths, BackboneState]:
+        """Appends embeddings x (batch, T, dim) to each session -> hidden states (batch, T, dim), lengths, state.
+
+        Every position comes out at once, so `final` has nothing to flush. Raises ValueError, with the state unchanged,
+        where a session would outgrow its capacity or a length exceeds T.
+        """
+        self._check_input(x)
+        lengths = active_lengths(x_lengths, rows)
+        if x.numel() == 0:
+            return x, lengths, state
+        if (longest := int(lengths.max())) > x.shape[1]:
+            raise ValueError(f"x_lengths names {longest} positions, but x holds {x.shape[1]}")
+        ends = advanced(state.lengths, rows, lengths)
+        if (needed := int(ends.max())) > state.capacity:
+            raise ValueError(
+                f"the context would grow to {needed} positions, but a session holds at most {state.capacity}: "
+                "drop old turns first, or make the state with a larger capacity"
+            )
+        x = masked(x, lengths)
+        for layer, cache in zip(self.layers, state.layers, strict=True):
+            x = layer(x, lengths, cache, rows, state.lengths, ends)
+        state.lengths.copy_(ends)
+        return self.norm(x), lengths, state
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() != 3 or x.shape[2] != self.config.dim:
+            raise ValueError(f"x must have the shape (batch, T, {self.config.dim}), got {tuple(x.shape)}")
+
+
+def advanced(lengths: Tensor, rows: Tensor, counts: Lengths) -> Tensor:
+    """lengths (sessions,) plus each entry's count (0 for padding entries), as a new tensor."""
+    return lengths.index_add(0, rows.clamp(min=0).long(), counts)
+
+
+def initialise(module: nn.Module) -> None:
+    """Untrained weights: normal matrices, zero biases, norms left at one."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(part.weight, std=INITIAL_STD)
+            if isinstance(part, nn.Linear) and part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def truncate(state: BackboneState, rows: Tensor | int, position: Tensor | int) -> BackboneState:
+    """Cuts sessions back to their first `position` positions, in place.
+
+    rows: one row or (n,) int, -1 ignored; position: one number or (n,). Raises ValueError where a session is shorter.
+    """
+    rows = torch.as_tensor(rows, device=state.lengths.device).reshape(-1)
+    position = torch.as_tensor(position, device=rows.device).expand_as(rows)[rows >= 0]
+    index = rows[rows >= 0].long()
+    have = state.lengths[index]
+    if bool(((position < 0) | (position > have)).any()):
+        raise ValueError(f"cannot truncate to {position.tolist()}: the sessions hold {have.tolist()} positions")
+    state.lengths[index] = position.to(torch.int32)
+    return state
+
+
+def copy_prefix(state: BackboneState, src: int, dst: int, n: int) -> BackboneState:
+    """Makes session `dst` a branch of session `src` after its first `n` positions, in place.
+
+    What `dst` held is dropped. Raises ValueError where `src` holds fewer than `n` positions.
+    """
+    sessions = state.lengths.shape[0]
+    if not (0 <= src < sessions and 0 <= dst < sessions):
+        raise ValueError(f"copy_prefix: rows {src} and {dst} must lie in 0 .. {sessions - 1}")
+    if not 0 <= n <= (have := int(state.lengths[src])):
+        raise ValueError(f"cannot copy {n} positions: session {src} holds {have}")
+    for cache in state.layers:
+        cache.k[dst, :n] = cache.k[src, :n]
+        cache.v[dst, :n] = cache.v[src, :n]
+    state.lengths[dst] = n
+    return state

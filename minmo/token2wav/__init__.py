@@ -1,0 +1,1 @@
+"""Speech tokens to sound: flow matching (tokens -> mel) and a vocoder (mel -> 24 kHz)."""

@@ -1,0 +1,1 @@
+"""Tokenizers: text (byte-level BPE, ChatML) and speech (log-mel, encoder, finite scalar quantisation)."""

@@ -1,0 +1,112 @@
+"""The command line: real files of every kind, one sentence and exit code 2 for what cannot be served."""
+
+import subprocess
+import sys
+from importlib import resources
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+
+from minmo import cli
+
+QUESTION = resources.files("minmo") / "assets" / "question.wav"
+
+
+def run(*arguments, expect=0, capsys=None, monkeypatch=None):
+    monkeypatch.setattr(sys, "argv", ["minmo", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+        raise SystemExit(0)
+    captured = capsys.readouterr()
+    assert (stop.value.code or 0) == expect, captured.out + captured.err
+    assert "Traceback" not in captured.err + captured.out
+    return captured
+
+
+@pytest.fixture
+def minmo(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *a, expect=0: run(*a, expect=expect, capsys=capsys, monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("rate,channels,subtype", [(8_000, 1, "PCM_16"), (48_000, 2, "PCM_24"), (96_000, 1, "PCM_U8")])
+def test_talk_takes_any_sound_file(minmo, tmp_path, rate, channels, subtype):
+    samples, original = soundfile.read(QUESTION, dtype="float32")
+    samples = soxr.resample(samples, original, rate)
+    soundfile.write(tmp_path / "in.wav", np.repeat(samples[:, None], channels, 1), rate, subtype=subtype)
+    shown = minmo("talk", tmp_path / "in.wav", "-o", tmp_path / "out.wav", "--max-text-tokens", 5)
+    assert "UNTRAINED" in shown.out and "random weights" in shown.out
+    for stage in ("input projector", "prompt prefill", "first text token", "15 speech tokens", "first audio chunk"):
+        assert stage in shown.out
+    assert "machine:" in shown.out and "backend:" in shown.out
+    sound, out_rate = soundfile.read(tmp_path / "out.wav")
+    assert out_rate == 24_000 and len(sound) > 0 and np.isfinite(sound).all()
+
+
+def test_the_other_commands(minmo, tmp_path):
+    short = ("--max-text-tokens", 3)
+    assert "reply:" in minmo("transcribe", QUESTION, *short).out
+    assert "reply:" in minmo("translate", "two plus three", "--to", "French", *short).out
+    assert "reply:" in minmo("ask", "what is two plus three?", *short).out
+    minmo("say", "two plus three", "-o", tmp_path / "said.wav")
+    assert soundfile.info(tmp_path / "said.wav").frames > 0
+    assert "7,615,616,512" in minmo("info", "minmo-8b").out
+    report = minmo("doctor").out
+    assert "torch" in report and "streaming_attention" in report and "accepts" in report
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """Files that cannot be heard."""
+
+    def make(kind):
+        path = tmp_path / f"{kind}.wav"
+        if kind == "empty":
+            soundfile.write(path, np.zeros(0), 16_000)
+        elif kind == "nan":
+            soundfile.write(path, np.full(1000, np.nan, np.float32), 16_000, subtype="FLOAT")
+        elif kind == "text":
+            path.write_text("this is not sound")
+        elif kind == "nothing":
+            path.write_bytes(b"")
+        elif kind == "long":
+            soundfile.write(path, np.zeros(8_000 * 7_200, np.int16), 8_000, subtype="PCM_U8")
+        elif kind == "folder":
+            path.mkdir()
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["empty", "nan", "text", "nothing", "long", "folder", "missing"])
+def test_what_cannot_be_heard_is_one_sentence_and_exit_code_2(minmo, bad, tmp_path, kind):
+    shown = minmo("talk", bad(kind), "-o", tmp_path / "out.wav", expect=2)
+    lines = [line for line in shown.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("minmo: ")
+    assert not (tmp_path / "out.wav").exists()
+
+
+def test_other_misuse_is_exit_code_2(minmo, tmp_path):
+    assert "neither a preset" in minmo("talk", QUESTION, "--preset", "none", expect=2).err
+    assert "device" in minmo("talk", QUESTION, "--device", "toaster", expect=2).err
+    assert "dtype" in minmo("talk", QUESTION, "--dtype", "int3", expect=2).err
+    assert "temperature" in minmo("talk", QUESTION, "--temperature", "-1", expect=2).err
+    assert "empty" in minmo("say", "  ", "-o", tmp_path / "x.wav", expect=2).err
+    assert "out.xyz" in minmo("talk", QUESTION, "-o", tmp_path / "out.xyz", expect=2).err
+
+
+def test_it_runs_as_a_program_and_never_asks_the_network(tmp_path):
+    """A fresh process in which every socket raises."""
+    code = (
+        "import socket, sys\n"
+        "def refuse(*a, **k): raise AssertionError('network')\n"
+        "socket.socket.connect = refuse\n"
+        f"sys.argv = ['minmo', 'ask', 'hello', '--max-text-tokens', '2']\n"
+        "from minmo.cli import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "reply:" in done.stdout
