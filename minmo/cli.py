@@ -1,0 +1,243 @@
+"""The `minmo` command: talk, transcribe, translate, ask, say, info, doctor."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import minmo
+from minmo import doctor as doctor_report
+from minmo.conversation import verbs
+from minmo.conversation.session import Piece
+from minmo.info import rows as info_rows
+from minmo.info import state_rows
+from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
+from minmo_kernels.dispatch import backends_in_use
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="MinMo: talk with a voice model."
+)
+out, err = Console(), Console(stderr=True)
+
+Sound = Annotated[Path, typer.Argument(help="A sound file: any rate, any number of channels.")]
+SoundOrText = Annotated[str, typer.Argument(help="A sound file, or words.")]
+Output = Annotated[Optional[Path], typer.Option("-o", "--output", help="Where to write the reply's sound (.wav, .flac).")]  # noqa: UP045
+Preset = Annotated[str, typer.Option(help="A preset, or a checkpoint directory.")]
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 … (default: a GPU where there is one).")]  # noqa: UP045
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same reply.")]
+Temperature = Annotated[float, typer.Option(help="Of the text; 0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus of the text.")]
+TopK = Annotated[int, typer.Option(help="Most likely tokens kept for the text; 0 = all.")]
+VoiceTemperature = Annotated[float, typer.Option(help="Of the speech tokens; 0 is greedy.")]
+MaxText = Annotated[int, typer.Option(help="Longest reply, in text tokens.")]
+Realtime = Annotated[bool, typer.Option("--realtime", help="Feed the sound at the speed of speech.")]
+Repeat = Annotated[int, typer.Option(min=1, help="Take the turn this often; the latency table then has percentiles.")]
+Instruction = Annotated[Optional[str], typer.Option(help="Put before the user's words (default: the task's own).")]  # noqa: UP045
+
+
+@app.command()
+def talk(
+    sound: Sound,
+    output: Output = None,
+    preset: Preset = "nano",
+    realtime: Realtime = False,
+    instruction: Instruction = None,
+    seed: Seed = 0,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    voice_temperature: VoiceTemperature = 1.0,
+    max_text_tokens: MaxText = 32,
+    repeat: Repeat = 1,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """A spoken turn in, a spoken turn out, with text as it comes and a latency table."""
+    settings = minmo.Settings(
+        seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, voice_temperature=voice_temperature,
+        max_text_tokens=max_text_tokens,
+    )  # fmt: skip
+    _run(str(sound), output, preset, settings, CHAT if instruction is None else instruction, realtime, repeat, device,
+         dtype, words=False)  # fmt: skip
+
+
+@app.command()
+def transcribe(
+    sound: Sound,
+    preset: Preset = "nano",
+    instruction: Instruction = None,
+    seed: Seed = 0,
+    temperature: Temperature = 0.0,
+    max_text_tokens: MaxText = 128,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """What was said, as text."""
+    settings = minmo.Settings(seed=seed, temperature=temperature, max_text_tokens=max_text_tokens, speak=False)
+    _run(str(sound), None, preset, settings, instruction or TRANSCRIBE, False, 1, device, dtype, words=False)
+
+
+@app.command()
+def translate(
+    turn: SoundOrText,
+    source: Annotated[str, typer.Option("--from", help="Language of the input, in words.")] = "English",
+    target: Annotated[str, typer.Option("--to", help="Language of the output, in words.")] = "Spanish",
+    output: Output = None,
+    preset: Preset = "nano",
+    instruction: Instruction = None,
+    seed: Seed = 0,
+    temperature: Temperature = 0.0,
+    max_text_tokens: MaxText = 128,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """What was said or written in one language, in another; spoken too with -o."""
+    settings = minmo.Settings(
+        seed=seed, temperature=temperature, max_text_tokens=max_text_tokens, speak=output is not None
+    )
+    words = instruction or translation(source, target)
+    _run(turn, output, preset, settings, words, False, 1, device, dtype)
+
+
+@app.command()
+def ask(
+    question: SoundOrText,
+    output: Output = None,
+    preset: Preset = "nano",
+    instruction: Instruction = None,
+    seed: Seed = 0,
+    temperature: Temperature = 0.7,
+    max_text_tokens: MaxText = 32,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """A question, spoken or typed, answered in text; spoken too with -o."""
+    settings = minmo.Settings(
+        seed=seed, temperature=temperature, max_text_tokens=max_text_tokens, speak=output is not None
+    )
+    _run(question, output, preset, settings, CHAT if instruction is None else instruction, False, 1, device, dtype)
+
+
+@app.command()
+def say(
+    text: Annotated[str, typer.Argument(help="What to say.")],
+    output: Output = Path("speech.wav"),
+    preset: Preset = "nano",
+    instruction: Instruction = None,
+    seed: Seed = 0,
+    voice_temperature: VoiceTemperature = 1.0,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Reads text aloud into a sound file."""
+    settings = minmo.Settings(seed=seed, voice_temperature=voice_temperature)
+    model = _load(preset, device, dtype)
+    reply = minmo.say(model, text, settings, instruction=READ_ALOUD if instruction is None else instruction)
+    _finish(model, reply, output, reply.timings)
+
+
+@app.command()
+def info(preset: Annotated[str, typer.Argument(help="A preset, or a checkpoint directory.")] = "nano") -> None:
+    """Parameters of every module beside the paper's Table 1, and the memory of a session's states."""
+    table = Table("module", "what", "parameters", "paper (quoted)", title=f"{preset}: parameters")
+    for module, what, count, paper in info_rows(preset):
+        table.add_row(module, what, f"{count:,}", paper)
+    out.print(table)
+    table = Table("state", "what it holds", "bytes a session", title=f"{preset}: memory of one session, float32")
+    for part, what, size in state_rows(preset):
+        table.add_row(part, what, f"{size:,}")
+    out.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices, and backends with their reasons: what a bug report needs."""
+    print(doctor_report.report())
+
+
+def _run(
+    turn: str,
+    output: Path | None,
+    preset: str,
+    settings: minmo.Settings,
+    instruction: str,
+    realtime: bool,
+    repeat: int,
+    device: str | None,
+    dtype: str,
+    words: bool = True,
+) -> None:
+    """One turn (or several of the same), printed as it comes."""
+    heard = _input(turn, words)
+    if output is not None:
+        minmo.audio.check_output(output)
+    model = _load(preset, device, dtype)
+    timings = minmo.conversation.Timings()
+
+    def show(pieces: list[Piece]) -> None:
+        print(pieces[0].text, end="", flush=True)
+
+    for _ in range(repeat):
+        print("reply: ", end="", flush=True)
+        reply = verbs.talk(model, heard, settings, instruction=instruction, realtime=realtime, on_pieces=show)
+        print()
+        timings.merge(reply.timings)
+    _finish(model, reply, output, timings)
+
+
+def _input(turn: str, words: bool) -> np.ndarray | str:
+    """A sound file's samples; with `words`, anything that does not look like a file is the turn itself."""
+    path = Path(turn)
+    looks_like_file = not words or path.suffix.lower() in minmo.audio.SUFFIXES or "/" in turn and path.exists()
+    if not looks_like_file:
+        return turn
+    samples = minmo.load_audio(path)
+    for concern in minmo.audio.concerns(samples):
+        err.print(f"minmo: {path}: {concern}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+    return samples
+
+
+def _load(preset: str, device: str | None, dtype: str) -> minmo.MinMo:
+    model = minmo.load(preset, device, dtype)
+    if not model.trained:
+        out.print(
+            f"[bold yellow]UNTRAINED:[/] {model.config.name} has {model.provenance}. "
+            "Its text and sound mean nothing; only the machinery and its speed are real."
+        )
+    return model
+
+
+def _finish(model: minmo.MinMo, reply: minmo.Reply, output: Path | None, timings: minmo.conversation.Timings) -> None:
+    if output is not None:
+        minmo.save_audio(output, reply.audio, reply.sample_rate)
+        out.print(f"sound: {len(reply.audio) / reply.sample_rate:.2f} s at {reply.sample_rate} Hz -> {output}")
+    table = Table("stage", "n", "p50 ms", "p95 ms", title="latency (compute, first run cold)")
+    for stage, count, p50, p95 in timings.table():
+        table.add_row(stage, str(count), f"{p50:.1f}", f"{p95:.1f}")
+    out.print(table)
+    served = ", ".join(f"{op}: {'/'.join(names)}" for op, names in backends_in_use().items())
+    out.print(f"machine: {doctor_report.machine(model.device)}", highlight=False, soft_wrap=True)
+    out.print(f"weights: {model.config.name}, {model.provenance}, {str(model.dtype)[6:]}", highlight=False, soft_wrap=True)
+    out.print(f"backend: {served}", highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point: what the user can mend ends as one sentence and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        err.print(f"minmo: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

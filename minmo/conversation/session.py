@@ -1,0 +1,309 @@
+"""A batch of sessions on one model and its 80 ms clock: read text, hear sound, answer with text and sound.
+
+Each entry of the batch is one session with its own row of every state; entries may start, end and fall silent at
+different times, and none changes another's output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import minmo_kernels as mk
+from minmo.conversation import timings as T
+from minmo.conversation.timings import Timings, now
+from minmo.model import MinMo
+from minmo.state import all_rows, join, take, valid
+from minmo.tokenizer.text import TextStream
+
+TICK = 1280
+"""Samples of 16 kHz sound in one tick of 80 ms: 8 mel frames, 2 encoder frames, 1 LLM position."""
+
+MAX_SPEECH_RATIO = 20
+"""Longest reply in speech tokens (40 ms) a text token, as CosyVoice 2 has it."""
+
+TEXT_STREAM = 1
+"""Random stream of text sampling (the voice decoder and token2wav have their own)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a reply is drawn and how long it may get.
+
+    temperature 0 is greedy. max_text_tokens bounds the reply's text; speech is bounded by the voice decoder's own
+    limit per text token. seed: all randomness of a session; entry b of a batch uses seed + b.
+    """
+
+    seed: int = 0
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 0.9
+    voice_temperature: float = 1.0
+    voice_top_k: int = 25
+    voice_top_p: float = 0.8
+    max_text_tokens: int = 128
+    speak: bool = True
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0.0, 100.0),
+            ("voice_temperature", 0.0, 100.0),
+            ("top_p", 0.0, 1.0),
+            ("voice_top_p", 0.0, 1.0),
+            ("top_k", 0, 2**31 - 1),
+            ("voice_top_k", 0, 2**31 - 1),
+            ("max_text_tokens", 1, 100_000),
+            ("seed", -(2**63), 2**63 - 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one round of answering gave one entry: new text, new sound (24 kHz, float32), and whether it is complete."""
+
+    text: str
+    audio: np.ndarray
+    done: bool
+
+
+class Session:
+    """`batch` sessions in step with one another's calls, each in its own row.
+
+    max_positions: LLM context of a session (prompt + 12.5 positions a second of sound + reply text). A call that would
+    exceed it raises ValueError before anything is changed.
+    """
+
+    def __init__(self, model: MinMo, batch: int, settings: Settings, max_positions: int) -> None:
+        if model.tokenizer is None:
+            raise ValueError(f"{model.config.name} has no tokenizer.json; load a checkpoint directory that holds one")
+        self.model, self.settings = model, settings
+        self.tokenizer = model.tokenizer
+        self.batch, self.device = batch, model.device
+        self.rows = all_rows(batch, self.device)
+        self.timings = Timings()
+        # A reply's voice context: sos, the query, its text, turn of speech, its speech tokens.
+        voice_positions = 2 + max_positions + (1 + MAX_SPEECH_RATIO) * settings.max_text_tokens
+        self._state = model.initial_state(batch, max_positions, voice_positions)
+        self._last = torch.zeros(batch, model.config.llm.dim, device=self.device, dtype=model.dtype)
+        self._query: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._drawn = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self._replies = 0
+        self._seeds = settings.seed + torch.arange(batch, device=self.device)
+        self._sampling = (
+            torch.full((batch,), settings.temperature, device=self.device),
+            self._ints([settings.top_k] * batch),
+            torch.full((batch,), settings.top_p, device=self.device),
+        )
+        # Of the control tokens a reply may only draw the one that ends it.
+        control = [i for i in self.tokenizer.special_ids if i != self.tokenizer.end_of_turn]
+        self._banned = self._ints(control).expand(batch, -1)
+
+    @property
+    def state_bytes(self) -> int:
+        """Memory of all sessions' states."""
+        return self._state.nbytes
+
+    @torch.inference_mode()
+    def read(self, ids: Sequence[Sequence[int]], *, query: bool = False) -> None:
+        """Prefills text, one list of token ids an entry (lists may differ in length, or be empty).
+
+        query: these are the user's own words (a typed turn), which the voice decoder gets as query embeddings.
+        """
+        lengths = self._ints([len(i) for i in ids])
+        if int(lengths.max()) == 0:
+            return
+        padded = torch.zeros(self.batch, int(lengths.max()), dtype=torch.int64)
+        for entry, sequence in enumerate(ids):
+            padded[entry, : len(sequence)] = torch.tensor(list(sequence), dtype=torch.int64)
+        with self.timings.measure(T.PREFILL, self.device):
+            self._think(self.model.llm.embed(padded.to(self.device)), lengths, query)
+
+    @torch.inference_mode()
+    def hear(self, audio: Tensor, lengths: Tensor, final: Tensor) -> Tensor:
+        """Sound of the user's turn: audio (batch, samples) 16 kHz, lengths (batch,) int32, final (batch,) bool.
+
+        Returns the full-duplex predictor's probabilities (batch, n, 2), turn taking and barge-in, for the n positions
+        that became complete; NaN where an entry has fewer.
+        """
+        model, state = self.model, self._state.hearing
+        with self.timings.measure(T.ENCODER, self.device):
+            mel, counts, _ = model.frontend.step(audio, lengths, state.frontend, self.rows, final)
+            frames, counts, _ = model.encoder.step(mel.to(model.dtype), counts, state.encoder, self.rows, final)
+        with self.timings.measure(T.PROJECTOR, self.device):
+            positions, counts, _ = model.projector.step(frames, counts, state.projector, self.rows, final)
+        positions = positions[:, : int(counts.max())]
+        with self.timings.measure(T.LISTEN, self.device):
+            hidden = self._think(positions, counts, query=True)
+            logits, _, _ = model.duplex.step(hidden, counts, self._state.duplex, self.rows)
+        state.reset(torch.where(final, self.rows, -1))
+        decisions = torch.softmax(logits.float(), dim=-1)[..., 1]
+        return torch.where(valid(counts, decisions.shape[1])[..., None], decisions, torch.nan)
+
+    @torch.inference_mode()
+    def answer(self, forced: Sequence[Sequence[int]] | None = None) -> Iterator[list[Piece]]:
+        """Answers the open turn; yields each round's pieces: up to 5 text tokens and 15 speech tokens' sound an entry.
+
+        forced: the reply's text, token by token, instead of sampling it: text to speech, which has no query (the user
+        said nothing). The speaking states start anew; the query is used up.
+        """
+        clock = _Clock(self.timings, self.device)
+        texts = [TextStream(self.tokenizer) for _ in range(self.batch)]
+        writing = torch.ones(self.batch, dtype=torch.bool, device=self.device)
+        speaking = torch.full_like(writing, self.settings.speak)
+        if self.settings.speak:
+            self._start_speaking(with_query=forced is None)
+        self._query.clear()
+        written = 0
+        while bool((writing | speaking).any()):
+            hidden, embedding, counts, ids = self._write(writing, written, forced, clock)
+            written += hidden.shape[1]
+            deltas = [text.push(new) for text, new in zip(texts, ids, strict=True)]
+            sound = [np.zeros(0, np.float32)] * self.batch
+            if self.settings.speak:
+                sound, finished = self._speak(hidden, embedding, counts, ~writing, speaking, clock)
+                speaking &= ~finished
+            done = (~writing & ~speaking).tolist()
+            deltas = [d + (t.flush() if end else "") for d, t, end in zip(deltas, texts, done, strict=True)]
+            yield [Piece(*piece) for piece in zip(deltas, sound, done, strict=True)]
+        clock.mark(T.TOTAL)
+
+    def _think(self, x: Tensor, lengths: Tensor, query: bool) -> Tensor:
+        """Runs the LLM over new positions x (batch, T, dim), remembers each entry's last state -> hidden states."""
+        hidden, _, _ = self.model.llm.step(x, lengths, self._state.llm, self.rows)
+        if query:
+            self._query.append((hidden, x, lengths))
+        if hidden.shape[1]:
+            newest = take(hidden, (lengths - 1).clamp(min=0), 1)[:, 0]
+            self._last = torch.where((lengths > 0)[:, None], newest, self._last)
+        return hidden
+
+    def _write(
+        self, writing: Tensor, written: int, forced: Sequence[Sequence[int]] | None, clock: _Clock
+    ) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
+        """Draws the next block of text: states and embeddings (batch, block, dim), counts (batch,), ids an entry.
+
+        A token pairs with the state that predicted it. Entries that end leave `writing`, in place.
+        """
+        block = self.model.config.voice_decoder.semantic_block
+        states, embeddings, ids = [], [], [list[int]() for _ in range(self.batch)]
+        counts = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
+        for i in range(block):
+            if written + i >= self.settings.max_text_tokens and forced is None:
+                writing[:] = False
+            token = self._next_token(written + i, forced)
+            writing &= token != self.tokenizer.end_of_turn
+            token = torch.where(writing, token, 0)
+            embedding = self.model.llm.embed(token.long()[:, None])
+            states.append(self._last)
+            embeddings.append(embedding[:, 0])
+            counts += writing.to(torch.int32)
+            for entry in torch.nonzero(writing)[:, 0].tolist():
+                ids[entry].append(int(token[entry]))
+            if not bool(writing.any()):
+                break
+            clock.mark(T.TO_TEXT)
+            self._think(embedding, writing.to(torch.int32), query=False)
+            if i == 0 and written == 0:
+                clock.lap(T.FIRST_TEXT)
+        if int(counts.max()) == block:
+            clock.lap(T.FIVE_TEXT)
+        short = [0, 0, 0, block - len(states)]
+        pad = torch.nn.functional.pad
+        return pad(torch.stack(states, 1), short), pad(torch.stack(embeddings, 1), short), counts, ids
+
+    def _next_token(self, index: int, forced: Sequence[Sequence[int]] | None) -> Tensor:
+        """(batch,) token ids: the forced text's, else drawn from the last states."""
+        if forced is not None:
+            end = self.tokenizer.end_of_turn
+            return self._ints([ids[index] if index < len(ids) else end for ids in forced])
+        self._drawn += 1
+        return mk.sample_token(
+            self.model.llm.logits(self._last),
+            self.rows,
+            self._seeds,
+            self._drawn,
+            *self._sampling,
+            banned=self._banned,
+            stream=TEXT_STREAM,
+        )
+
+    def _start_speaking(self, with_query: bool) -> None:
+        """New speaking states, one voice for all, and the turn's query embeddings."""
+        model, state, settings = self.model, self._state.speaking, self.settings
+        speaker = model.speaker.expand(self.batch, -1)
+        # Speech tokens, mel frames and samples count from 0 in every reply, so each reply has a seed of its own.
+        seeds = self._seeds + (self._replies << 32)
+        self._replies += 1
+        model.flow.start(state.flow, self.rows, speaker, seeds)
+        model.vocoder.start(state.vocoder, self.rows, seeds)
+        hidden, embedding, lengths = None, None, None
+        if with_query and self._query:
+            hidden, embedding, lengths = self._query[0]
+            for more_hidden, more_embedding, count in self._query[1:]:
+                hidden, _ = join(hidden, lengths, more_hidden, count)
+                embedding, lengths = join(embedding, lengths, more_embedding, count)
+        model.voice_decoder.start(
+            state.decoder,
+            self.rows,
+            seeds,
+            temperature=settings.voice_temperature,
+            top_k=settings.voice_top_k,
+            top_p=settings.voice_top_p,
+            max_ratio=MAX_SPEECH_RATIO,
+            query=None if hidden is None else (hidden, embedding, lengths),
+        )
+
+    def _speak(
+        self, hidden: Tensor, embedding: Tensor, counts: Tensor, text_done: Tensor, speaking: Tensor, clock: _Clock
+    ) -> tuple[list[np.ndarray], Tensor]:
+        """Semantic vectors -> speech tokens -> mel -> sound of each entry, and which entries have finished."""
+        model, state = self.model, self._state.speaking
+        rows = torch.where(speaking, self.rows, -1).to(torch.int32)
+        clock.lap(None)
+        tokens, token_counts, _ = model.voice_decoder.step((hidden, embedding), counts, state.decoder, rows, text_done)
+        finished = state.decoder.finished & speaking
+        if int(token_counts.max()) > 0:
+            clock.lap(T.SPEECH_BLOCK)
+            clock.mark(T.TO_SPEECH)
+        tokens = tokens[:, : int(token_counts.max())]
+        mel, frames, _ = model.flow.step(tokens, token_counts, state.flow, rows, finished)
+        if int(frames.max()) > 0:
+            clock.lap(T.FLOW)
+        mel = mel[:, : int(frames.max())]
+        audio, samples, _ = model.vocoder.step(mel, frames, state.vocoder, rows, finished)
+        if int(samples.max()) > 0:
+            clock.lap(T.VOCODER)
+            clock.mark(T.TO_AUDIO)
+        sound = audio.float().cpu().numpy()
+        if not np.isfinite(sound).all():
+            raise FloatingPointError("the vocoder gave NaN or infinite sound; the weights are broken")
+        return [sound[entry, :n] for entry, n in enumerate(samples.tolist())], finished
+
+    def _ints(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.int32, device=self.device)
+
+
+class _Clock:
+    """Times one answer: laps between neighbouring events, marks (once each) from the end of the input."""
+
+    def __init__(self, timings: Timings, device: torch.device) -> None:
+        self._timings, self._device = timings, device
+        self._start = self._last = now(device)
+        self._marked: set[str] = set()
+
+    def lap(self, stage: str | None) -> None:
+        """Adds the time since the last lap to a stage (None: to no stage)."""
+        last, self._last = self._last, now(self._device)
+        if stage is not None:
+            self._timings.add(stage, self._last - last)
+
+    def mark(self, stage: str) -> None:
+        if stage not in self._marked:
+            self._marked.add(stage)
+            self._timings.add(stage, now(self._device) - self._start)

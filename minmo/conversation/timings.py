@@ -1,0 +1,82 @@
+"""Where a turn's time goes: samples by stage, and their percentiles."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+STAGES = (
+    "front end + encoder (80 ms of sound)",
+    "input projector (80 ms of sound)",
+    "LLM prefill + duplex predictor (80 ms of sound)",
+    "prompt prefill",
+    "first text token",
+    "5 text tokens",
+    "15 speech tokens",
+    "token2wav, flow",
+    "token2wav, vocoder",
+    "end of input -> first text token",
+    "end of input -> first 15 speech tokens",
+    "end of input -> first audio chunk",
+    "end of input -> end of reply",
+)
+"""Every stage, in the order of a turn. The last four are counted from the end of the input, compute only."""
+(
+    ENCODER,
+    PROJECTOR,
+    LISTEN,
+    PREFILL,
+    FIRST_TEXT,
+    FIVE_TEXT,
+    SPEECH_BLOCK,
+    FLOW,
+    VOCODER,
+    TO_TEXT,
+    TO_SPEECH,
+    TO_AUDIO,
+    TOTAL,
+) = STAGES
+
+
+@dataclass
+class Timings:
+    """Seconds by stage, in order of measurement."""
+
+    samples: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+
+    def add(self, stage: str, seconds: float) -> None:
+        self.samples[stage].append(seconds)
+
+    @contextlib.contextmanager
+    def measure(self, stage: str, device: torch.device) -> Iterator[None]:
+        """Times the block; on a GPU until its work is done."""
+        start = now(device)
+        yield
+        self.add(stage, now(device) - start)
+
+    def merge(self, other: Timings) -> None:
+        for stage, values in other.samples.items():
+            self.samples[stage].extend(values)
+
+    def table(self) -> list[tuple[str, int, float, float]]:
+        """(stage, number of samples, p50 ms, p95 ms) for every stage that was measured."""
+        return [(s, len(v), 1e3 * percentile(v, 50), 1e3 * percentile(v, 95)) for s, v in self.samples.items() if v]
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a steady clock, after a GPU has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """By linear interpolation between the two nearest samples."""
+    if len(values) == 1:
+        return values[0]
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

@@ -1,0 +1,184 @@
+"""What a person asks of a MinMo: talk, transcribe, translate, ask, say. One turn each, single or batched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import overload
+
+import numpy as np
+import torch
+
+from minmo.audio import AudioError
+from minmo.conversation.session import TICK, Piece, Session, Settings
+from minmo.conversation.timings import Timings
+from minmo.model import MinMo
+from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, TextTokenizer, translation
+
+Sound = np.ndarray
+"""Mono float32 samples, (n,): 16 kHz going in, 24 kHz coming out."""
+
+Input = Sound | str
+"""A user's turn: spoken (sound) or typed (text)."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer. audio: 24 kHz float32, empty where none was asked for. timings are shared by a batch's replies."""
+
+    text: str
+    audio: Sound
+    timings: Timings
+    sample_rate: int = 24_000
+
+
+OnPieces = Callable[[list[Piece]], None]
+"""Called with each round's pieces, one a batch entry, as they come."""
+
+
+@overload
+def talk(model: MinMo, audio: Input, settings: Settings = ..., **kwargs) -> Reply: ...
+@overload
+def talk(model: MinMo, audio: Sequence[Input], settings: Settings = ..., **kwargs) -> list[Reply]: ...
+def talk(
+    model: MinMo,
+    audio: Input | Sequence[Input],
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    *,
+    instruction: str = CHAT,
+    realtime: bool = False,
+    on_pieces: OnPieces = lambda pieces: None,
+) -> Reply | list[Reply]:
+    """A spoken (or typed) turn in, a spoken turn out.
+
+    audio: 16 kHz mono float32 samples, or a string for a typed turn, or a sequence of either for a batch (one reply
+    each, in order). It is fed in ticks of 80 ms; realtime: at the speed of speech. instruction: put before the user's
+    words. on_pieces: called with text and sound as they come. Raises ValueError (AudioError for sound) for input that
+    cannot be heard.
+    """
+    return _turn(model, audio, settings, instruction, realtime, on_pieces)
+
+
+def transcribe(model: MinMo, audio: Input | Sequence[Input], settings: Settings = Settings(), **options):  # noqa: B008
+    """What was said, as text (no sound, greedy): `Reply` or a list of them. Options as `talk`."""
+    settings = replace(settings, speak=False, temperature=0.0)
+    return _turn(model, audio, settings, **{"instruction": TRANSCRIBE, **options})
+
+
+def translate(
+    model: MinMo,
+    audio: Input | Sequence[Input],
+    source: str,
+    target: str,
+    settings: Settings = Settings(speak=False, temperature=0.0),  # noqa: B008
+    **options,
+):
+    """What was said in one language, in another. source, target: names such as "English". Options as `talk`."""
+    return _turn(model, audio, settings, **{"instruction": translation(source, target), **options})
+
+
+def ask(model: MinMo, question: Input | Sequence[Input], settings: Settings = Settings(speak=False), **options):  # noqa: B008
+    """A question, spoken or typed, answered in text (and sound where settings.speak). Options as `talk`."""
+    return _turn(model, question, settings, **{"instruction": CHAT, **options})
+
+
+def say(
+    model: MinMo,
+    text: str | Sequence[str],
+    settings: Settings = Settings(),  # noqa: B008
+    *,
+    instruction: str = READ_ALOUD,
+    on_pieces: OnPieces = lambda pieces: None,
+) -> Reply | list[Reply]:
+    """Reads text aloud: the reply's text is given, its sound is drawn. `Reply` or a list of them."""
+    texts = [text] if isinstance(text, str) else list(text)
+    if not texts or not all(t.strip() for t in texts):
+        raise ValueError("there is nothing to say: give a text that is not empty")
+    tokenizer = _tokenizer(model)
+    forced = [tokenizer.encode(t) for t in texts]
+    longest = max(map(len, forced))
+    settings = replace(settings, speak=True, max_text_tokens=longest)
+    prefix, suffix = tokenizer.turn(instruction, typed=True)
+    prompts = [prefix + ids + suffix for ids in forced]
+    session = Session(model, len(texts), settings, max(map(len, prompts)) + longest)
+    session.read(prompts)
+    replies = _collect(session, forced, on_pieces)
+    return replies[0] if isinstance(text, str) else replies
+
+
+def check_sound(samples: Sound) -> Sound:
+    """A user's sound as float32, (n,); raises AudioError in one sentence for what cannot be heard."""
+    samples = np.asarray(samples)
+    if samples.ndim != 1 or samples.dtype.kind != "f":
+        raise AudioError(
+            "sound must be a one-dimensional float array of mono 16 kHz samples, got "
+            f"{samples.dtype} of shape {samples.shape}; minmo.load_audio reads any file"
+        )
+    if len(samples) == 0:
+        raise AudioError("the sound is empty; give at least one sample")
+    if not np.isfinite(samples).all():
+        raise AudioError("the sound holds NaN or infinite samples; repair the recording")
+    return samples.astype(np.float32, copy=False)
+
+
+def _turn(
+    model: MinMo,
+    turns: Input | Sequence[Input],
+    settings: Settings,
+    instruction: str,
+    realtime: bool = False,
+    on_pieces: OnPieces = lambda pieces: None,
+) -> Reply | list[Reply]:
+    single = isinstance(turns, (str, np.ndarray))
+    batch: list[Input] = [turns] if single else list(turns)
+    if not batch:
+        raise ValueError("the batch is empty; give at least one turn")
+    tokenizer = _tokenizer(model)
+    prefixes, suffixes = zip(*(tokenizer.turn(instruction, typed=isinstance(t, str)) for t in batch), strict=True)
+    typed = [tokenizer.encode(t) if isinstance(t, str) else [] for t in batch]
+    if not all(t.strip() for t in batch if isinstance(t, str)):
+        raise ValueError("the typed turn is empty; give it some text")
+    sounds = [np.zeros(0, np.float32) if isinstance(t, str) else check_sound(t) for t in batch]
+    content = max(len(ids) - (-len(s) // TICK) for ids, s in zip(typed, sounds, strict=True))
+    positions = max(map(len, prefixes)) + content + max(map(len, suffixes)) + settings.max_text_tokens
+    session = Session(model, len(batch), settings, positions)
+    session.read(prefixes)
+    session.read(typed, query=True)
+    _listen(session, sounds, realtime)
+    session.read(suffixes)
+    replies = _collect(session, None, on_pieces)
+    return replies[0] if single else replies
+
+
+def _listen(session: Session, sounds: list[Sound], realtime: bool) -> None:
+    """Feeds sound tick by tick; an entry that has run out gets nothing more."""
+    began = time.perf_counter()
+    for tick in range(max(-(-len(s) // TICK) for s in sounds)):
+        chunks = [torch.from_numpy(s[tick * TICK : (tick + 1) * TICK]) for s in sounds]
+        audio = torch.zeros(len(sounds), TICK)
+        for entry, chunk in enumerate(chunks):
+            audio[entry, : len(chunk)] = chunk
+        lengths = torch.tensor([len(c) for c in chunks], dtype=torch.int32, device=session.device)
+        last = [0 < len(s) - tick * TICK <= TICK for s in sounds]
+        if realtime:
+            time.sleep(max(0.0, (tick + 1) * TICK / 16_000 - (time.perf_counter() - began)))
+        session.hear(audio.to(session.device), lengths, torch.tensor(last, device=session.device))
+
+
+def _collect(session: Session, forced: list[list[int]] | None, on_pieces: OnPieces) -> list[Reply]:
+    texts = [""] * session.batch
+    sounds: list[list[Sound]] = [[] for _ in range(session.batch)]
+    for pieces in session.answer(forced):
+        on_pieces(pieces)
+        for entry, piece in enumerate(pieces):
+            texts[entry] += piece.text
+            sounds[entry].append(piece.audio)
+    rate = session.model.config.vocoder.sample_rate
+    return [Reply(t, np.concatenate(s), session.timings, rate) for t, s in zip(texts, sounds, strict=True)]
+
+
+def _tokenizer(model: MinMo) -> TextTokenizer:
+    if model.tokenizer is None:
+        raise ValueError(f"{model.config.name} has no tokenizer.json; load a checkpoint directory that holds one")
+    return model.tokenizer

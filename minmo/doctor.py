@@ -1,0 +1,114 @@
+"""What a bug report needs: versions, machine, devices, and every operation's backends with their reasons."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import pkgutil
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from minmo.config import load_config, presets
+from minmo_kernels import explain, ops
+from minmo_kernels.dispatch import Explanation
+from minmo_kernels.spec import SPECS
+
+PACKAGES = (
+    "minmo",
+    "torch",
+    "triton",
+    "numpy",
+    "einops",
+    "safetensors",
+    "tokenizers",
+    "soundfile",
+    "soxr",
+    "flash-attn",
+    "xformers",
+)
+
+
+def versions() -> list[tuple[str, str]]:
+    """(package, version or "not installed")."""
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    return [("python", platform.python_version()), *((name, version(name)) for name in PACKAGES)]
+
+
+def machine(device: torch.device | None = None) -> str:
+    """The machine in words: processor or GPU, cores, threads, memory."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")] \
+        if cpuinfo.is_file() else []  # fmt: skip
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads{_memory()}"
+
+
+def devices() -> list[str]:
+    """The CPU, then every GPU."""
+    gpus = [
+        f"cuda:{i} {p.name}, sm_{p.major}{p.minor}, {p.total_memory / 1e9:.0f} GB"
+        for i, p in enumerate(torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count()))
+    ]
+    return [f"cpu {machine()}", *(gpus or ["no CUDA device"])]
+
+
+def explanations(device: str) -> Iterator[Explanation]:
+    """For every operation: which backends serve a typical nano case in fp32 on this device, and why not the others."""
+    for module in pkgutil.iter_modules(ops.__path__):
+        importlib.import_module(f"minmo_kernels.ops.{module.name}.spec")
+    for name in sorted(SPECS):
+        spec = SPECS[name]
+        arguments = spec.make({**next(iter(spec.cases(dims("nano")))), "dtype": "float32"})
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        yield explain(spec.function, **moved)
+
+
+def dims(preset: str) -> dict[str, int]:
+    """A preset's sizes as plain numbers, as the operations' specs take them (the LLM's where parts differ)."""
+    c = load_config(preset)
+    return {
+        "dim": c.llm.dim,
+        "heads": c.llm.heads,
+        "kv_heads": c.llm.kv_heads,
+        "head_dim": c.llm.head_dim,
+        "ffn": c.llm.ffn,
+        "vocab": c.voice_decoder.vocab,
+        "capacity": 1024,
+        "encoder_dim": c.encoder.dim,
+        "fsmn_kernel": c.encoder.fsmn_kernel,
+        "n_mels": c.frontend.n_mels,
+        "llm_dim": c.llm.dim,
+        "voice_dim": c.voice_decoder.lm.dim,
+    }
+
+
+def report() -> str:
+    """The whole report as text."""
+    lines = [f"{name:12} {version}" for name, version in versions()]
+    lines += ["", f"platform     {platform.platform()}", *(f"device       {d}" for d in devices())]
+    lines += [f"presets      {', '.join(presets())}"]
+    lines += [f"environment  {k}={v}" for k, v in sorted(os.environ.items()) if k in _VARIABLES]
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        lines += ["", *(str(e) for e in explanations(device))]
+    return "\n".join(lines)
+
+
+_VARIABLES = ("MINMO_KERNELS_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+
+
+def _memory() -> str:
+    if not hasattr(os, "sysconf"):
+        return ""
+    return f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 1e9:.0f} GB"
