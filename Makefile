@@ -21,4 +21,5 @@ lint: .venv/dev.installed
 
 .venv/dev.installed: .venv/core.installed
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	.venv/bin/python -m pip install --quiet -c constraints.txt --no-deps s3tokenizer # why: pyproject.toml, dev
 	touch $@

@@ -9,14 +9,13 @@ import torch
 from torch import nn
 
 from minmo.config import load_config
-from minmo.model import MinMo
+from minmo.model import shapes
 
 
 def rows(preset_or_dir: str | Path) -> Iterator[tuple[str, str, int, str]]:
     """(module, what it is, parameters, the paper's Table 1 as quoted or "-")."""
     c = load_config(preset_or_dir)
-    with torch.device("meta"):
-        model = MinMo(c)
+    model = shapes(c)
     e, p, llm, v = c.encoder, c.projector, c.llm, c.voice_decoder
     projector = count(model.voice_decoder.output_projector)
     yield "voice encoder", f"{e.n_mels} mels, {e.blocks} x {e.dim}, 25 Hz", count(model.encoder), "636M"
@@ -39,8 +38,8 @@ def rows(preset_or_dir: str | Path) -> Iterator[tuple[str, str, int, str]]:
 def state_rows(preset_or_dir: str | Path) -> Iterator[tuple[str, str, int]]:
     """(state, what it holds, bytes of one session) in float32."""
     c = load_config(preset_or_dir)
+    model = shapes(c)
     with torch.device("meta"):
-        model = MinMo(c)
         minute = model.initial_state(1, 750, 750)
     yield "hearing", "front end, encoder, projector: bounded", minute.hearing.nbytes
     yield "LLM", "linear cache, per minute of sound (750 positions)", minute.llm.nbytes

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from minmo.config import MinMoConfig
 from minmo.modules.backbone import Backbone, BackboneState
@@ -110,3 +113,18 @@ class MinMo(nn.Module):
         mel, lengths = self.frontend(audio, lengths)
         frames, lengths = self.encoder(mel.to(self.dtype), lengths)
         return self.projector(frames, lengths)
+
+
+def shapes(config: MinMoConfig) -> MinMo:
+    """A MinMo on the meta device: every name and shape, no memory."""
+    with torch.device("meta"), _NothingDrawn():
+        return MinMo(config)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Leaves out initial weights: on the meta device there is nothing to draw, and PyTorch would load its compiler."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"):
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

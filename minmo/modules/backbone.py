@@ -168,11 +168,12 @@ class Backbone(nn.Module):
                 f"the context would grow to {needed} positions, but a session holds at most {state.capacity}: "
                 "drop old turns first, or make the state with a larger capacity"
             )
-        x = masked(x, lengths)
+        size = x.shape[1]
+        x = masked(x[:, : state.capacity], lengths)  # what fits: padding alone may be longer than a cache
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer(x, lengths, cache, rows, state.lengths, ends)
         state.lengths.copy_(ends)
-        return self.norm(x), lengths, state
+        return F.pad(self.norm(x), [0, 0, 0, size - x.shape[1]]), lengths, state
 
     def _check_input(self, x: Tensor) -> None:
         if x.dim() != 3 or x.shape[2] != self.config.dim:

@@ -81,9 +81,7 @@ class DuplexPredictor(nn.Module):
             counts = (lengths - offset * PIECE).clamp(min=0, max=piece.shape[1])
             ends = advanced(state.lengths, rows, counts)
             pieces.append(
-                self.layer(
-                    piece, counts, state.cache, rows, state.lengths, ends, window=self.config.window, ring=True
-                )
+                self.layer(piece, counts, state.cache, rows, state.lengths, ends, window=self.config.window, ring=True)
             )
             state.lengths.copy_(ends)
         return self._decide(torch.cat(pieces, dim=1), lengths), lengths, state

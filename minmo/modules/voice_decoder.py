@@ -282,6 +282,7 @@ class VoiceDecoder(nn.Module):
     ) -> tuple[Tensor, Lengths, VoiceDecoderState]:
         """`step`, with or without a teacher: rounds of at most one block or one piece of the tail an entry."""
         block = self.config.semantic_block
+        pairs = self._paired(x)
         active = rows >= 0
         turned = read_rows(state.turned, rows)
         lengths = active_lengths(x_lengths, rows)
@@ -290,7 +291,7 @@ class VoiceDecoder(nn.Module):
         if bool((turned & (lengths > 0)).any()):
             raise ValueError("semantic vectors arrived after `final`: call start(...) to begin a new reply")
         waiting, count = read_rows(state.waiting.data, rows), read_rows(state.waiting.count, rows)
-        vectors, total = join(waiting, count, self._paired(x), lengths)
+        vectors, total = join(waiting, count, pairs, lengths)
         final = active & (final | turned)
 
         rounds = vectors.shape[1] // block + 1

@@ -1,8 +1,8 @@
 """The flow's velocity estimator: a causal U-Net without time down-sampling, at 50 Hz.
 
 The shape of CosyVoice 2 (arXiv 2412.10117; public class `CausalConditionalDecoder`): one group down, groups in the
-middle, one group up that also takes the first group's output. A group is a causal ResNet block conditioned on the flow's
-time, and Transformer blocks.
+middle, one group up that also takes the first group's output. A group is a causal ResNet block conditioned on the
+flow's time, and Transformer blocks.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 MinMo's Token2wav is CosyVoice 2's (arXiv 2501.06282, section 3.2; arXiv 2412.10117): an encoder turns the tokens into
 mu, and an ordinary differential equation carries noise to a mel spectrogram under mu, a speaker vector and condition
-frames. In the session form all attention is bounded to the left, so that a chunk of a stream costs the same however long
-the utterance is, and the stream equals the one-shot call under the same mask.
+frames. In the session form all attention is bounded to the left, so that a chunk of a stream costs the same however
+long the utterance is, and the stream equals the one-shot call under the same mask.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -65,6 +67,6 @@ class PitchPredictor(nn.Module):
     def forward(self, window: Window, mel: Signal) -> Signal:
         x = mel
         for conv in self.convs:
-            x = window.conv(x, conv).map(F.elu)
+            x = window.conv(x, cast(nn.Conv1d, conv)).map(F.elu)
         f0 = self.out(x.data.mT).mT.abs()
         return window.bound(Signal(f0, 1, x.delay))

@@ -2,7 +2,7 @@
 
 Neural source-filter model with HiFT's frame-wise phase: each harmonic's phase is summed over frames at the frame
 centres and linear in between, constant before the first and after the last centre. All harmonics start at phase zero,
-as in CosyVoice 2's vocoder, whose random initial phases are lost where it resamples to frames and never reach the sound.
+as in CosyVoice 2's vocoder: its random initial phases are lost where it resamples to frames and never reach the sound.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class HarmonicSource(nn.Module):
     def forward(
         self, window: Window, f0: Signal, phase: Tensor, counted: Tensor, seeds: Tensor, noise: Tensor | None = None
     ) -> tuple[Signal, Tensor]:
-        """f0: Hz, one channel, one item a frame, zero outside the utterance. phase: (batch, harmonics + 1) int64, at the
-        last frame before the first counted one; counted: (batch, frames) bool, frames that move the phase.
+        """f0: Hz, one channel, one item a frame, zero outside. phase: (batch, harmonics + 1) int64, at the last frame
+        before the first counted one; counted: (batch, frames) bool, the frames that move the phase.
 
         seeds (batch,) int64; noise (batch, samples, harmonics + 1), standard normal, takes the place of the seeds'.
         Returns the excitation, one item a sample, and the phase advance of each frame (batch, frames, harmonics + 1).

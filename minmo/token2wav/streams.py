@@ -47,6 +47,7 @@ class Window:
 
     def __init__(self, start: Tensor, end: Tensor) -> None:
         self.start, self.end = start, end
+        self._inside: dict[tuple[int, ...], Tensor] = {}
 
     def positions(self, x: Signal) -> Tensor:
         """(batch, items) int64: absolute position of each item."""
@@ -54,8 +55,12 @@ class Window:
 
     def inside(self, x: Signal) -> Tensor:
         """(batch, 1, items) bool: which items belong to the utterance."""
-        position = self.positions(x)
-        return ((position >= 0) & (position < (self.end * x.rate + x.extra)[:, None]))[:, None]
+        key = (x.rate, x.delay, x.extra, x.data.shape[2])
+        if key not in self._inside:
+            position = self.positions(x)
+            inside = (position >= 0) & (position < (self.end * x.rate + x.extra)[:, None])
+            self._inside[key] = inside[:, None]
+        return self._inside[key]
 
     def bound(self, x: Signal) -> Signal:
         """x with zeros outside the utterance."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache, reduce
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -286,12 +287,14 @@ class Vocoder(nn.Module):
         half = c.istft_n_fft // 2
         spectrum = window.convolve(window.reflect(source, half, half), stft_weight(c, mel), stride=c.istft_hop)
         x = window.conv(x, self.pre)
-        for i, up in enumerate(self.ups):
+        for i in range(len(self.ups)):
+            up = cast(nn.ConvTranspose1d, self.ups[i])
+            down = cast(nn.Conv1d, self.source_downs[i])
             x = window.conv_transpose(x.map(lambda t: F.leaky_relu(t, c.lrelu_slope)), up)
             if i == len(self.ups) - 1:
                 x = window.reflect(x, 1, 0)
-            x = window.add(x, self.source_blocks[i](window, window.conv(spectrum, self.source_downs[i])))
-            branches = [block(window, x) for block in self.blocks[i]]
+            x = window.add(x, self.source_blocks[i](window, window.conv(spectrum, down)))
+            branches = [block(window, x) for block in cast(nn.ModuleList, self.blocks[i])]
             x = reduce(window.add, branches).map(lambda t: t / len(c.resblock_kernels))
         x = window.conv(x.map(F.leaky_relu), self.post)
         return inverse_stft(window, x, c), f0, source, advance

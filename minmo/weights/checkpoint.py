@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minmo.config import MinMoConfig, load_config, presets
-from minmo.model import MinMo
+from minmo.model import MinMo, shapes
 from minmo.tokenizer.text import TextTokenizer
 
 RANDOM_SEED = 0
@@ -44,8 +44,7 @@ def load(
             raise CheckpointError(f"{folder} has no {_WEIGHTS}; put the weights there (safetensors only)")
         model = _random(config, device, dtype)
     else:
-        with torch.device("meta"):
-            model = MinMo(config)
+        model = shapes(config)
         tensors = _read(weights, {k: v.shape for k, v in model.state_dict().items()}, device, dtype)
         model.load_state_dict(tensors, assign=True)
         model.trained = True
@@ -75,8 +74,7 @@ def _folder(preset_or_dir: str | Path) -> Path:
 
 
 def _random(config: MinMoConfig, device: torch.device, dtype: torch.dtype) -> MinMo:
-    with torch.device("meta"):
-        model = MinMo(config)
+    model = shapes(config)
     if device.type == "meta":
         return model.to(dtype)
     need = 4 * sum(t.numel() for t in model.state_dict().values())  # drawn in fp32, on the host

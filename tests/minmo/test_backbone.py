@@ -103,7 +103,8 @@ def test_parity_of_gradients_with_qwen2():
     theirs = hugging_face(model)
     ids = torch.randint(model.config.vocab, (2, 9))
     expected = theirs(ids, labels=ids).loss
-    loss = torch.nn.functional.cross_entropy(model.logits(model(model.embed(ids)))[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    logits = model.logits(model(model.embed(ids)))
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(loss, expected)
     loss.backward()
     expected.backward()
@@ -180,7 +181,7 @@ def test_parameter_counts_of_the_paper():
         assert sum(p.numel() for p in Backbone(tied).parameters()) == untied_count - TINY.vocab * TINY.dim
 
 
-@settings(deadline=None, max_examples=12, derandomize=True)
+@settings(deadline=None, max_examples=10, derandomize=True)
 @given(st.integers(0, 2**31 - 1), st.integers(1, 3))
 @torch.no_grad()
 def test_split_law(seed, batch):

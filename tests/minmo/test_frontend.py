@@ -26,12 +26,12 @@ def poisoned(samples, lengths):
     return torch.where(torch.arange(samples.shape[1]) < lengths[:, None], samples, torch.nan)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True)
-@given(st.integers(0, 2**31 - 1), st.sampled_from([90, 1280, 3000]))
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.integers(0, 2**31 - 1), st.sampled_from([400, 1280, 3000]))
 def test_split_of_the_sound_changes_nothing(seed, longest):
     """Three sessions out of step, empty steps, padding entries, NaN beyond lengths: the frames of one shot."""
     g = torch.Generator().manual_seed(seed)
-    totals = torch.randint(0, 6000, (3,), generator=g).tolist()
+    totals = torch.randint(0, 4000, (3,), generator=g).tolist()
     sounds = [torch.randn(n, generator=g) for n in totals]
     given_out = [[] for _ in sounds]
     position, done = [0, 0, 0], [False] * 3

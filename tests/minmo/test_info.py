@@ -1,11 +1,10 @@
 """The paper's sizes come out, counted on the meta device."""
 
 import pytest
-import torch
 
 from minmo.config import MinMoConfig, load_config, presets
 from minmo.info import count, rows, state_rows
-from minmo.model import MinMo
+from minmo.model import shapes
 
 COUNTS = {
     "voice encoder": 636_318_720,
@@ -40,8 +39,7 @@ def test_config_survives_json_and_states_have_a_size(preset):
 
 @pytest.mark.parametrize("preset", presets())
 def test_head_dimensions_suit_the_kernels(preset):
-    with torch.device("meta"):
-        model = MinMo(load_config(preset))
+    model = shapes(load_config(preset))
     state = model.initial_state(1, 8, 8)
     dims = {t.shape[-1] for name, t in named_caches(state)}
     assert dims <= {64, 128} and count(model) > 0

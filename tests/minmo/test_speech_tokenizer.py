@@ -16,7 +16,7 @@ from minmo.config import EncoderConfig, SpeechTokenizerConfig, load_config
 from minmo.tokenizer.speech import SpeechTokenizer
 from minmo.weights.importers.s3tokenizer import convert, key_table
 
-DIM, HEADS, BLOCKS = 256, 4, 6
+DIM, HEADS, BLOCKS = 128, 2, 6
 
 
 def ints(values):

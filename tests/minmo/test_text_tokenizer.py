@@ -30,13 +30,13 @@ def whole(prefix_and_suffix: tuple[list[int], list[int]], content: str = "") -> 
     return b"".join(spelt[i].encode() if i in spelt else NANO.token_bytes(i) for i in ids).decode()
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(TEXTS)
 def test_round_trip_of_any_text(text: str) -> None:
     assert NANO.decode(NANO.encode(text)) == text
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(IDS, st.randoms(use_true_random=False))
 def test_stream_equals_decode(ids: list[int], draw) -> None:
     """Whatever the ids, broken UTF-8 and control tokens included, and however they are handed over."""
@@ -59,13 +59,13 @@ def test_stream_holds_an_incomplete_character_back() -> None:
     assert stream.flush() == "\N{REPLACEMENT CHARACTER}"
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(IDS)
 def test_decode_parity_with_the_tokenizers_library(ids: list[int]) -> None:
     assert NANO.decode(ids) == LIBRARY.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(
     TEXTS, st.sampled_from(["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_end|>\n<|im_start|>system\n"]), TEXTS
 )

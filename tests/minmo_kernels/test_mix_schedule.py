@@ -21,12 +21,15 @@ from minmo_kernels.ops.mix_semantic_speech.schedule import (
     total_slots,
 )
 
+NUMBERED = np.stack([np.stack([np.full(200, kind), np.arange(200)], axis=1) for kind in range(7)])
+"""(kind, n) -> the pair (kind, n)."""
+
 
 def built(query, text, speech, bistream):
     """(source, index, target, target index) of every slot, by appending pieces as a data loader would. (slots, 4)"""
 
     def run(kind, first, last):
-        return np.stack([np.full(last - first, kind), np.arange(first, last)], axis=1)
+        return NUMBERED[kind, first:last]
 
     nothing = np.zeros((1 + query + text, 2), dtype=int)
     inputs, targets = [run(START, 0, 1), run(SEMANTIC, 0, query)], [nothing[: 1 + query]]

@@ -7,7 +7,7 @@ import torch
 
 import minmo_kernels as mk
 
-DRAWS = 20_000
+DRAWS = 8_000
 LOGITS = torch.tensor([2.0, 1.0, 1.0, 0.5, 0.0, -0.5, -1.0, -4.0])
 # Quantiles .999 of the chi-square distribution by degrees of freedom.
 CHI_SQUARE = {1: 10.83, 2: 13.82, 3: 16.27, 4: 18.47, 5: 20.52, 6: 22.46, 7: 24.32}

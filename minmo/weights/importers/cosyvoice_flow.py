@@ -1,4 +1,4 @@
-"""CosyVoice 2's `flow.pt` -> `Flow`: the released names beside ours. Shapes and values are equal, nothing is permuted."""
+"""CosyVoice 2's `flow.pt` -> `Flow`: the released names beside ours. Shapes and values stay as they are."""
 
 from __future__ import annotations
 

@@ -106,4 +106,6 @@ def _take(source: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tenso
 
 def _nothing_left(source: dict[str, Tensor], where: str) -> None:
     if source:
-        raise ValueError(f"{where} holds {len(source)} tensors that the config has no place for, such as {min(source)!r}")
+        raise ValueError(
+            f"{where} holds {len(source)} tensors that the config has no place for, such as {min(source)!r}"
+        )

@@ -13,7 +13,8 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor) -
     """residual + x @ weight.T.
 
     Shapes: x (batch, dim_in); weight (dim_out, dim_in); residual (batch, dim_out); rows (batch,) int32, -1 = padding.
-    Returns (batch, dim_out), zeros for padding entries. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Returns (batch, dim_out), zeros for padding entries. Raises ValueError for shapes, dtypes or devices that do not
+    fit.
     """
     name = "linear_residual"
     check_tensor(name, "x", x, "batch dim_in", x.device)
@@ -22,8 +23,9 @@ def linear_residual(x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor) -
     check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
     check(
         tuple(weight.shape) == (residual.shape[1], x.shape[1]),
-        lambda: f"{name}: weight must be (dim_out, dim_in) = {(residual.shape[1], x.shape[1])}, "
-        f"got {tuple(weight.shape)}",
+        lambda: (
+            f"{name}: weight must be (dim_out, dim_in) = {(residual.shape[1], x.shape[1])}, got {tuple(weight.shape)}"
+        ),
     )
     check(
         rows.shape[0] == residual.shape[0] == x.shape[0],

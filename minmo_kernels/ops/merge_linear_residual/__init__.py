@@ -29,8 +29,10 @@ def merge_linear_residual(partials: Tensor, lse: Tensor, weight: Tensor, residua
     check(lse.shape == partials.shape[:3], lambda: f"{name}: lse must be {tuple(partials.shape[:3])}")
     check(
         tuple(weight.shape) == (residual.shape[1], heads * dim),
-        lambda: f"{name}: weight must be (dim_out, heads head_dim) = {(residual.shape[1], heads * dim)}, "
-        f"got {tuple(weight.shape)}",
+        lambda: (
+            f"{name}: weight must be (dim_out, heads head_dim) = {(residual.shape[1], heads * dim)}, "
+            f"got {tuple(weight.shape)}"
+        ),
     )
     check(
         rows.shape[0] == residual.shape[0] == batch,

@@ -27,10 +27,11 @@ def rms_norm_qkv_rope_append(
 ) -> Tensor:
     """One new position a session: `append_kv(rms_norm(x) @ qkv_weight.T + qkv_bias)` without rounding in between.
 
-    Shapes: x (batch, dim); norm_weight (dim,); qkv_weight ((heads + 2 kv_heads) head_dim, dim), rows packed [q | k | v];
+    Shapes: x (batch, dim); norm_weight (dim,); qkv_weight ((heads + 2 kv_heads) head_dim, dim), packed [q | k | v];
     qkv_bias of as many values, or None; k_cache, v_cache (sessions, capacity, kv_heads, head_dim), written in place;
-    rows (batch,) int32, -1 = padding; lengths (sessions,) int32, the positions already in each cache: the new one takes
-    position lengths[row], in slot lengths[row] or, with `ring`, lengths[row] % capacity. The caller advances them.
+    rows (batch,) int32, -1 = padding; lengths (sessions,) int32, the positions already in each cache: the new one
+    takes position lengths[row], in slot lengths[row] or, with `ring`, lengths[row] % capacity. The caller advances
+    them.
 
     Returns q (batch, heads, head_dim), rotated (half-split pairs), zeros for padding entries. Raises ValueError for
     shapes, dtypes or devices that do not fit, and on a CPU for a position past a linear cache's capacity; the caches
@@ -47,8 +48,9 @@ def rms_norm_qkv_rope_append(
     wanted = ((heads + 2 * kv_heads) * k_cache.shape[3], x.shape[1])
     check(
         tuple(qkv_weight.shape) == wanted,
-        lambda: f"{name}: qkv_weight must be ((heads + 2 kv_heads) head_dim, dim) = {wanted}, "
-        f"got {tuple(qkv_weight.shape)}",
+        lambda: (
+            f"{name}: qkv_weight must be ((heads + 2 kv_heads) head_dim, dim) = {wanted}, got {tuple(qkv_weight.shape)}"
+        ),
     )
     check(
         norm_weight.shape[0] == x.shape[1],
@@ -71,17 +73,13 @@ def rms_norm_qkv_rope_append(
     )
 
 
-def _fake(
-    x, norm_weight, qkv_weight, qkv_bias, k_cache, v_cache, rows, lengths, heads, kv_heads, eps, rope_theta, ring
-):
-    return x.new_empty((x.shape[0], heads, k_cache.shape[3]))
-
-
 OP = Op(
     "rms_norm_qkv_rope_append",
     "(Tensor x, Tensor norm_weight, Tensor qkv_weight, Tensor? qkv_bias, Tensor(a!) k_cache, Tensor(b!) v_cache,"
     " Tensor rows, Tensor lengths, int heads, int kv_heads, float eps, float rope_theta, bool ring) -> Tensor",
     reference=reference,
-    fake=_fake,
+    fake=lambda x, norm_weight, qkv_weight, qkv_bias, k_cache, v_cache, rows, lengths, heads, *rest: x.new_empty(
+        (x.shape[0], heads, k_cache.shape[3])
+    ),
     features=lambda x, norm, weight, bias, k, *args: {"ring": args[-1], "dim": k.shape[3]},
 )

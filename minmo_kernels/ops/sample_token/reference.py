@@ -1,4 +1,4 @@
-"""`sample_token` in plain PyTorch: tensor arithmetic only, so it runs without a host synchronisation on any device."""
+"""`sample_token` in plain PyTorch: tensor arithmetic only, so no host synchronisation on a GPU."""
 
 from __future__ import annotations
 
@@ -36,18 +36,25 @@ def reference(
     top = scores.amax(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
     scaled = torch.where(scores.isneginf(), -math.inf, (scores - top) / torch.where(greedy, 1.0, wanted))
 
-    kept = _candidates(scores, scaled, top_k[row][:, None], top_p[row][:, None])
-    noise, redraw_noise = (n.to(scores.dtype) for n in _gumbel(seeds[row], positions[row], stream, scores.shape[1]))
-    drawn = torch.where(kept, scaled + noise, -math.inf).argmax(dim=1, keepdim=True)
+    # Ranked by the unscaled scores, whose order is exact.
+    ranked = scores.sort(dim=1, descending=True, stable=True).indices
+    kept = _candidates(scaled.gather(1, ranked), torch.where(greedy, 1, top_k[row][:, None]), top_p[row][:, None])
+    if logits.is_cpu:  # where looking at a number costs nothing: noise for the candidates only
+        width = int(kept.sum(dim=1).amax()) if len(kept) else 0
+        ranked, kept = ranked[:, :width], kept[:, :width]
+    seed, position = seeds[row][:, None], positions[row][:, None]
+    noise = _gumbel(seed, position, ranked, stream, word=0).to(scores.dtype)
+    best = torch.where(kept, scaled.gather(1, ranked) + noise, -math.inf).argmax(dim=1, keepdim=True)
+    drawn = ranked.gather(1, best)
 
     if history is not None:
-        repeated = (history[row] == drawn).sum(dim=1, keepdim=True) >= repetition_limit
-        others = (scaled + redraw_noise).scatter(1, drawn, -math.inf)
-        best, other = others.max(dim=1, keepdim=True)
-        drawn = torch.where(repeated & ~best.isneginf(), other, drawn)
-
-    chosen = torch.where(greedy, scores.argmax(dim=1, keepdim=True), drawn)[:, 0]
-    return torch.where(active, chosen, -1).to(torch.int32)
+        again = ((history[row] == drawn).sum(dim=1, keepdim=True) >= repetition_limit) & ~greedy & active[:, None]
+        if not logits.is_cpu or bool(again.any()):
+            ids = torch.arange(scores.shape[1], device=scores.device)[None]
+            noise = _gumbel(seed, position, ids, stream, word=1).to(scores.dtype)
+            largest, other = (scaled + noise).scatter(1, drawn, -math.inf).max(dim=1, keepdim=True)
+            drawn = torch.where(again & ~largest.isneginf(), other, drawn)
+    return torch.where(active, drawn[:, 0], -1).to(torch.int32)
 
 
 def _finite(logits: Tensor, active: Tensor) -> Tensor:
@@ -65,21 +72,15 @@ def _without(scores: Tensor, banned: Tensor) -> Tensor:
     return torch.where(mask[:, :vocab], -math.inf, scores)
 
 
-def _candidates(scores: Tensor, scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
-    """(batch, vocab) bool: which ids the draw may give. Sorted by the unscaled scores, whose order is exact."""
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    probability = scaled.gather(1, order).softmax(dim=1)
-    before = torch.nn.functional.pad(probability.cumsum(dim=1)[:, :-1], (1, 0))
-    rank = torch.arange(scores.shape[1], device=scores.device)
-    kept = ((before < top_p) | (top_p >= 1)) & ((rank < top_k) | (top_k <= 0)) | (rank == 0)
-    return torch.zeros_like(kept).scatter(1, order, kept)
+def _candidates(scaled: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
+    """(batch, vocab) bool: which ranks the draw may give; the first one always. scaled: by rank."""
+    before = torch.nn.functional.pad(scaled.softmax(dim=1).cumsum(dim=1)[:, :-1], (1, 0))
+    rank = torch.arange(scaled.shape[1], device=scaled.device)
+    return ((before < top_p) | (top_p >= 1)) & ((rank < top_k) | (top_k <= 0)) | (rank == 0)
 
 
-def _gumbel(seeds: Tensor, positions: Tensor, stream: int, vocab: int) -> tuple[Tensor, Tensor]:
-    """Two independent standard Gumbel values for each entry and id, (batch, vocab) each: the draw's, the redraw's."""
-    ids = torch.arange(vocab, device=seeds.device)[None]
-    position, seed = positions[:, None], seeds[:, None]
+def _gumbel(seed: Tensor, position: Tensor, ids: Tensor, stream: int, word: int) -> Tensor:
+    """Standard Gumbel values for ids (batch or 1, n), from one word of each id's Philox block."""
     counter = (position & _MASK, (position >> 32) & _MASK, ids, torch.full_like(ids, stream))
     words = philox_4x32(counter, (seed & _MASK, (seed >> 32) & _MASK))
-    first, second = (-torch.log(-torch.log(unit_interval(w.expand(-1, vocab)))) for w in words[:2])
-    return first, second
+    return -torch.log(-torch.log(unit_interval(words[word])))
