@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -27,9 +27,9 @@ out, err = Console(), Console(stderr=True)
 
 Sound = Annotated[Path, typer.Argument(help="A sound file: any rate, any number of channels.")]
 SoundOrText = Annotated[str, typer.Argument(help="A sound file, or words.")]
-Output = Annotated[Optional[Path], typer.Option("-o", "--output", help="Where to write the reply's sound (.wav, .flac).")]  # noqa: UP045
+Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the reply's sound (.wav, .flac).")]
 Preset = Annotated[str, typer.Option(help="A preset, or a checkpoint directory.")]
-Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1 … (default: a GPU where there is one).")]  # noqa: UP045
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 … (default: a GPU where there is one).")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same reply.")]
 Temperature = Annotated[float, typer.Option(help="Of the text; 0 is greedy.")]
@@ -39,7 +39,7 @@ VoiceTemperature = Annotated[float, typer.Option(help="Of the speech tokens; 0 i
 MaxText = Annotated[int, typer.Option(help="Longest reply, in text tokens.")]
 Realtime = Annotated[bool, typer.Option("--realtime", help="Feed the sound at the speed of speech.")]
 Repeat = Annotated[int, typer.Option(min=1, help="Take the turn this often; the latency table then has percentiles.")]
-Instruction = Annotated[Optional[str], typer.Option(help="Put before the user's words (default: the task's own).")]  # noqa: UP045
+Instruction = Annotated[str | None, typer.Option(help="Put before the user's words (default: the task's own).")]
 
 
 @app.command()
@@ -224,7 +224,9 @@ def _finish(model: minmo.MinMo, reply: minmo.Reply, output: Path | None, timings
     out.print(table)
     served = ", ".join(f"{op}: {'/'.join(names)}" for op, names in backends_in_use().items())
     out.print(f"machine: {doctor_report.machine(model.device)}", highlight=False, soft_wrap=True)
-    out.print(f"weights: {model.config.name}, {model.provenance}, {str(model.dtype)[6:]}", highlight=False, soft_wrap=True)
+    out.print(
+        f"weights: {model.config.name}, {model.provenance}, {str(model.dtype)[6:]}", highlight=False, soft_wrap=True
+    )
     out.print(f"backend: {served}", highlight=False, soft_wrap=True)
 
 

@@ -174,10 +174,10 @@ class VocoderConfig:
     lrelu_slope: float = 0.1
     limit: float = 0.99
     streaming: str = "exact"
-    """`exact`: hold back the receptive field, chunked == one shot; `fast`: hold back `fast_holdback` frames, cross-fade."""
+    """`exact`: holds back the receptive field, chunked == one shot; `fast`: `fast_holdback` frames, and cross-fades."""
     fast_holdback: int = 8
     fast_chunk: int = 30
-    """Mel frames of a grid unit under `fast`; the first holds `fast_first_chunk` (2 * flow.chunk, less 2 * lookahead)."""
+    """Mel frames of a grid unit under `fast` (2 * flow.chunk); the first holds `fast_first_chunk`."""
     fast_first_chunk: int = 24
 
 

@@ -22,7 +22,12 @@ def rows(preset_or_dir: str | Path) -> Iterator[tuple[str, str, int, str]]:
     yield "input projector", f"conv /2 + {p.layers} x {p.dim}, 12.5 Hz", count(model.projector), "170M"
     yield "LLM", f"{llm.layers} x {llm.dim}, vocabulary {llm.vocab}", count(model.llm), "7B"
     yield "output projector", f"{2 * v.llm_dim} -> {v.lm.dim} ({v.order})", projector, "6M"
-    yield "voice token LM", f"{v.lm.layers} x {v.lm.dim}, {v.codes} codes", count(model.voice_decoder) - projector, "370M"
+    yield (
+        "voice token LM",
+        f"{v.lm.layers} x {v.lm.dim}, {v.codes} codes",
+        count(model.voice_decoder) - projector,
+        "370M",
+    )
     yield "full-duplex predictor", f"1 x {c.duplex.layer.dim}, two heads", count(model.duplex), "18M"
     yield (
         "speech tokenizer",

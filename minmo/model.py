@@ -8,7 +8,6 @@ embeddings -> output projector and voice token LM (5 semantic vectors : 15 speec
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from typing import Any
 
 import torch

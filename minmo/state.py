@@ -1,4 +1,4 @@
-"""What a streaming state is: dataclasses of tensors with one row per session, and the few moves that every part makes on them.
+"""What a streaming state is: dataclasses of tensors with one row per session, and the moves that every part makes.
 
 A part's `step(x, x_lengths, state, rows, final)` works on a batch of entries. `rows` (batch,) int32 names each entry's
 session; -1 is padding: nothing of the state is read or written for it and its output length is 0. `x_lengths` (batch,)
@@ -133,9 +133,7 @@ class Buffer(State):
     data: Tensor
     count: Tensor
 
-    def push(
-        self, x: Tensor, x_lengths: Lengths, rows: Tensor, final: Tensor, unit: int
-    ) -> tuple[Tensor, Lengths]:
+    def push(self, x: Tensor, x_lengths: Lengths, rows: Tensor, final: Tensor, unit: int) -> tuple[Tensor, Lengths]:
         """Adds x (batch, items, ...) and hands out all complete units, in order.
 
         An entry with `final` also hands out its incomplete last unit, filled up with zeros. Returns (batch, n, ...) and
@@ -175,4 +173,3 @@ def join(first: Tensor, first_lengths: Lengths, second: Tensor, second_lengths: 
     index = index.reshape(*index.shape, *[1] * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
     total = (first_lengths + second_lengths).to(torch.int32)
     return masked(both.gather(1, index), total), total
-

@@ -56,7 +56,7 @@ def load(
 
 
 def save(model: MinMo, directory: str | Path) -> None:
-    """Writes `config.json`, `model.safetensors` and `tokenizer.json`; `load` gives the same tensors back bit for bit."""
+    """Writes `config.json`, `model.safetensors` and `tokenizer.json`; `load` gives the same tensors back."""
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Tools for testing operations, this package's and a third party's: the tolerance rule, poisoned data, seeded tensors."""
+"""Tools for testing operations, ours or a third party's: the tolerance rule, poisoned data, seeded tensors."""
 
 from minmo_kernels.testing.data import beyond_lengths_nan, generator, normal, outputs, padding_nan, random_rows
 from minmo_kernels.testing.tolerance import assert_as_good_as_reference, assert_reference_matches, max_error

@@ -9,7 +9,7 @@ _EPS32 = torch.finfo(torch.float32).eps
 
 
 def max_error(actual: Tensor, exact: Tensor) -> tuple[float, float]:
-    """(largest absolute error, largest magnitude of `exact`); infinities must agree in place and sign, NaN is an error."""
+    """(largest absolute error, largest magnitude of `exact`); infinities must agree, NaN is an error."""
     actual, exact = actual.double(), exact.double()
     assert actual.shape == exact.shape, f"shapes differ: {tuple(actual.shape)} and {tuple(exact.shape)}"
     finite = exact.isfinite()
@@ -22,7 +22,7 @@ def max_error(actual: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def assert_as_good_as_reference(actual: Tensor, reference: Tensor, exact: Tensor) -> None:
-    """max|actual - fp64| <= 2 (max|reference - fp64| + eps max|fp64|), eps of the output's dtype; integers are equal."""
+    """max|actual - fp64| <= 2 (max|reference - fp64| + eps max|fp64|), eps of the output; integers are equal."""
     if not actual.is_floating_point():
         assert torch.equal(actual, exact.to(actual.dtype)), "integer outputs differ"
         return

@@ -103,7 +103,7 @@ def test_it_runs_as_a_program_and_never_asks_the_network(tmp_path):
         "import socket, sys\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"
         "socket.socket.connect = refuse\n"
-        f"sys.argv = ['minmo', 'ask', 'hello', '--max-text-tokens', '2']\n"
+        "sys.argv = ['minmo', 'ask', 'hello', '--max-text-tokens', '2']\n"
         "from minmo.cli import main\n"
         "main()\n"
     )

@@ -57,7 +57,9 @@ def test_a_batch_answers_each_entry_as_if_alone(model, question):
 
 def test_the_other_verbs(model, question):
     assert isinstance(minmo.transcribe(model, question, SHORT).text, str)
-    translated = minmo.translate(model, [question, "two"], "English", "French", minmo.Settings(max_text_tokens=3, speak=False))
+    translated = minmo.translate(
+        model, [question, "two"], "English", "French", minmo.Settings(max_text_tokens=3, speak=False)
+    )
     assert [len(r.audio) for r in translated] == [0, 0]
     assert len(minmo.ask(model, "what is two plus three", SHORT).audio) > 0
     spoken = minmo.say(model, ["two plus three", "one"])

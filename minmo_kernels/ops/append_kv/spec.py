@@ -102,7 +102,8 @@ def _append_then_attend(case: Case) -> None:
     """Appending in two pieces and attending equals attending over the concatenated sequence, within the capacity."""
     g = generator(case)
     heads, kv_heads = case["heads"]
-    dim, capacity, kind = case["dim"], case["capacity"], dict(heads=heads, kv_heads=kv_heads, rope=case["rope"])
+    dim, capacity = case["dim"], case["capacity"]
+    kind: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "rope": case["rope"]}
     qkv = normal(g, 1, capacity, (heads + 2 * kv_heads) * dim)
     cut = 1 + case["seed"] % (capacity - 1)
     rows = torch.tensor([1], dtype=torch.int32)

@@ -87,7 +87,7 @@ def oracle(
         for t in range(int(q_lengths[b]) if row >= 0 else 0):
             end = int(lengths[row])
             query = end - int(q_lengths[b]) + t
-            seen = [p for p in range(max(0, end - capacity) if ring else 0, end)]
+            seen = list(range(max(0, end - capacity) if ring else 0, end))
             if mask == "causal":
                 seen = [p for p in seen if p <= query and (window == 0 or query - p < window)]
             if mask == "chunk":
