@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from pathlib import Path
 
@@ -105,8 +106,8 @@ def test_vocoder_key_table_is_complete_both_ways():
         convert({**released, "extra": torch.empty(1)}, config)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 2e-6), (torch.float32, 2e-4)])
-def test_vocoder_parity_with_public_hift(dtype: torch.dtype, tolerance: float):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_vocoder_parity_with_public_hift(dtype: torch.dtype):
     small = Vocoder(SMALL).to(dtype)
     released = {}
     for ours, theirs in key_table(SMALL).items():
@@ -125,9 +126,13 @@ def test_vocoder_parity_with_public_hift(dtype: torch.dtype, tolerance: float):
         audio, _ = small(mel.to(dtype), None, seeds, noise.to(dtype))
     voiced = golden["f0"] > 10
     assert voiced.any() and not voiced.all()
-    for name, value in (("f0", f0), ("source", source), ("audio", audio)):
-        error = (value - golden[name]).abs().max() / golden[name].abs().max()
-        assert error < tolerance, f"{name}: {error:.1e}"
+    f0_error = float((f0 - golden["f0"]).abs().max() / golden["f0"].abs().max())
+    assert f0_error < 1e-6
+    # A pitch error grows into a phase error over the cycles of the highest harmonic: 9 harmonics, 50 frames a second.
+    phase_error = 2 * math.pi * 9 * float(golden["f0"].sum()) / 50 * f0_error
+    for name, value in (("source", source), ("audio", audio)):
+        error = float((value - golden[name]).abs().max() / golden[name].abs().max())
+        assert error < 2e-6 + 2 * phase_error, f"{name}: {error:.1e}"
 
 
 def test_vocoder_parity_with_torch_stft():
