@@ -90,7 +90,8 @@ def dims(preset: str) -> dict[str, int]:
         "fsmn_kernel": c.encoder.fsmn_kernel,
         "n_mels": c.frontend.n_mels,
         "llm_dim": c.llm.dim,
-        "voice_dim": c.voice_decoder.lm.dim,
+        "semantic_block": c.voice_decoder.semantic_block,
+        "speech_block": c.voice_decoder.speech_block,
     }
 
 

@@ -242,12 +242,13 @@ class Session:
         self._replies += 1
         model.flow.start(state.flow, self.rows, speaker, seeds)
         model.vocoder.start(state.vocoder, self.rows, seeds)
-        hidden, embedding, lengths = None, None, None
+        query = None
         if with_query and self._query:
             hidden, embedding, lengths = self._query[0]
             for more_hidden, more_embedding, count in self._query[1:]:
                 hidden, _ = join(hidden, lengths, more_hidden, count)
                 embedding, lengths = join(embedding, lengths, more_embedding, count)
+            query = (hidden, embedding, lengths)
         model.voice_decoder.start(
             state.decoder,
             self.rows,
@@ -256,7 +257,7 @@ class Session:
             top_k=settings.voice_top_k,
             top_p=settings.voice_top_p,
             max_ratio=MAX_SPEECH_RATIO,
-            query=None if hidden is None else (hidden, embedding, lengths),
+            query=query,
         )
 
     def _speak(

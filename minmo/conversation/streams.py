@@ -56,11 +56,21 @@ def latency(voice_input: VoiceInput, voice_output: VoiceOutput) -> float:
 
 @overload
 def full_duplex(
-    model: MinMo, stream: Iterable[VoiceInput], settings: Settings = ..., **options: float
+    model: MinMo,
+    stream: Iterable[VoiceInput],
+    settings: Settings = ...,
+    *,
+    threshold: float = ...,
+    max_positions: int = ...,
 ) -> Iterator[VoiceOutput]: ...
 @overload
 def full_duplex(
-    model: MinMo, stream: AsyncIterable[VoiceInput], settings: Settings = ..., **options: float
+    model: MinMo,
+    stream: AsyncIterable[VoiceInput],
+    settings: Settings = ...,
+    *,
+    threshold: float = ...,
+    max_positions: int = ...,
 ) -> AsyncIterator[VoiceOutput]: ...
 def full_duplex(
     model: MinMo,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,10 +37,6 @@ OnPieces = Callable[[list[Piece]], None]
 """Called with each round's pieces, one a batch entry, as they come."""
 
 
-@overload
-def talk(model: MinMo, audio: Input, settings: Settings = ..., **kwargs) -> Reply: ...
-@overload
-def talk(model: MinMo, audio: Sequence[Input], settings: Settings = ..., **kwargs) -> list[Reply]: ...
 def talk(
     model: MinMo,
     audio: Input | Sequence[Input],
@@ -49,7 +45,7 @@ def talk(
     instruction: str = CHAT,
     realtime: bool = False,
     on_pieces: OnPieces = lambda pieces: None,
-) -> Reply | list[Reply]:
+) -> Any:
     """A spoken (or typed) turn in, a spoken turn out.
 
     audio: 16 kHz mono float32 samples, or a string for a typed turn, or a sequence of either for a batch (one reply
@@ -60,7 +56,12 @@ def talk(
     return _turn(model, audio, settings, instruction, realtime, on_pieces)
 
 
-def transcribe(model: MinMo, audio: Input | Sequence[Input], settings: Settings = Settings(), **options):  # noqa: B008
+def transcribe(
+    model: MinMo,
+    audio: Input | Sequence[Input],
+    settings: Settings = Settings(),  # noqa: B008
+    **options: Any,
+) -> Any:
     """What was said, as text (no sound, greedy): `Reply` or a list of them. Options as `talk`."""
     settings = replace(settings, speak=False, temperature=0.0)
     return _turn(model, audio, settings, **{"instruction": TRANSCRIBE, **options})
@@ -72,13 +73,18 @@ def translate(
     source: str,
     target: str,
     settings: Settings = Settings(speak=False, temperature=0.0),  # noqa: B008
-    **options,
-):
+    **options: Any,
+) -> Any:
     """What was said in one language, in another. source, target: names such as "English". Options as `talk`."""
     return _turn(model, audio, settings, **{"instruction": translation(source, target), **options})
 
 
-def ask(model: MinMo, question: Input | Sequence[Input], settings: Settings = Settings(speak=False), **options):  # noqa: B008
+def ask(
+    model: MinMo,
+    question: Input | Sequence[Input],
+    settings: Settings = Settings(speak=False),  # noqa: B008
+    **options: Any,
+) -> Any:
     """A question, spoken or typed, answered in text (and sound where settings.speak). Options as `talk`."""
     return _turn(model, question, settings, **{"instruction": CHAT, **options})
 
@@ -90,7 +96,7 @@ def say(
     *,
     instruction: str = READ_ALOUD,
     on_pieces: OnPieces = lambda pieces: None,
-) -> Reply | list[Reply]:
+) -> Any:
     """Reads text aloud: the reply's text is given, its sound is drawn. `Reply` or a list of them."""
     texts = [text] if isinstance(text, str) else list(text)
     if not texts or not all(t.strip() for t in texts):
@@ -129,9 +135,9 @@ def _turn(
     instruction: str,
     realtime: bool = False,
     on_pieces: OnPieces = lambda pieces: None,
-) -> Reply | list[Reply]:
+) -> Any:
     single = isinstance(turns, (str, np.ndarray))
-    batch: list[Input] = [turns] if single else list(turns)
+    batch: list[Any] = [turns] if single else list(turns)
     if not batch:
         raise ValueError("the batch is empty; give at least one turn")
     tokenizer = _tokenizer(model)

@@ -83,7 +83,9 @@ class CausalConv(nn.Conv1d):
         """Items of left context, and so of a carry (sessions, left, channels)."""
         return self.kernel_size[0] - 1
 
-    def forward(self, x: Tensor, span: Span, carry: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x: Tensor, span: Span, carry: Tensor | None = None
+    ) -> Tensor:
         """x (batch, items, channels) -> (batch, items, channels_out). Without a carry, zeros stand on the left."""
         if carry is None:
             x = nn.functional.pad(x, [0, 0, self.left, 0])

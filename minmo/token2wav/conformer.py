@@ -195,6 +195,6 @@ class UpsampleEncoder(nn.Module):
     def _stack(self, blocks: nn.ModuleList, x: Tensor, span: Span, caches: list[KVCache] | None) -> Tensor:
         capacity = caches[0].k.shape[1] if caches else None
         relation = relative(span, x.shape[1], capacity, self.dim, x)
-        for block, cache in zip(blocks, caches or [None] * len(blocks), strict=True):
-            x = block(x, span, relation, cache)
+        for i, block in enumerate(blocks):
+            x = block(x, span, relation, caches[i] if caches else None)
         return x

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class TransformerBlock(nn.Module):
                 heads=self.heads, kv_heads=self.heads, rope=False, ring=True,
             )  # fmt: skip
             k, v = cache.k, cache.v
-        form = {"mask": "full"}
+        form: dict[str, Any] = {"mask": "full"}
         if (mask := span.mask) is not None:
             form = {"mask": "chunk", "chunk": mask.size, "chunk_offset": mask.offset, "left_chunks": mask.left}
         attended = mk.streaming_attention(q, k, v, span.rows, span.after, span.lengths, ring=cache is not None, **form)
@@ -140,7 +141,7 @@ class Estimator(nn.Module):
         carries: Iterator[Tensor | None] = repeat(None) if state is None else iter(state.carries)
         caches: Iterator[KVCache | None] = repeat(None) if state is None else iter(state.caches)
 
-        def group(part: Group, x: Tensor) -> Tensor:
+        def group(part: Any, x: Tensor) -> Tensor:
             x = part.resnet(x, time, span, [next(carries), next(carries)])
             for block in part.transformers:
                 x = block(x, span, next(caches))

@@ -126,6 +126,6 @@ def _device(device: str | torch.device | None) -> torch.device:
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     names = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     value = names.get(dtype) if isinstance(dtype, str) else dtype
-    if value not in names.values():
+    if value is None or value not in names.values():
         raise CheckpointError(f"dtype must be one of {', '.join(names)}, got {dtype!r}")
     return value

@@ -28,7 +28,7 @@ class Schedule(NamedTuple):
     """int64 tensors of one shape. index: number of the semantic vector (query first, then text) or speech token."""
 
     source: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     target: Tensor
     target_index: Tensor
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,7 @@ def streaming_attention(
     scale: float | None = None,
     partials: int = 0,
     return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Softmax attention of the newest positions of each session over its cached keys and values.
 
     Shapes: q (batch, T, heads, dim); k_cache, v_cache (sessions, capacity, kv_heads, dim), heads a multiple of
