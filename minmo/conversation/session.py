@@ -23,9 +23,6 @@ from minmo.tokenizer.text import TextStream
 TICK = 1280
 """Samples of 16 kHz sound in one tick of 80 ms: 8 mel frames, 2 encoder frames, 1 LLM position."""
 
-MAX_SPEECH_RATIO = 20
-"""Longest reply in speech tokens (40 ms) a text token, as CosyVoice 2 has it."""
-
 TEXT_STREAM = 1
 """Random stream of text sampling (the voice decoder and token2wav have their own)."""
 
@@ -34,8 +31,8 @@ TEXT_STREAM = 1
 class Settings:
     """How a reply is drawn and how long it may get.
 
-    temperature 0 is greedy. max_text_tokens bounds the reply's text; speech is bounded by the voice decoder's own
-    limit per text token. seed: all randomness of a session; entry b of a batch uses seed + b.
+    temperature 0 is greedy. max_text_tokens bounds the reply's text, max_speech_ratio its speech: speech tokens (40 ms)
+    a text token, CosyVoice 2's 20 by default. seed: all randomness of a session; entry b of a batch uses seed + b.
     """
 
     seed: int = 0
@@ -46,6 +43,7 @@ class Settings:
     voice_top_k: int = 25
     voice_top_p: float = 0.8
     max_text_tokens: int = 128
+    max_speech_ratio: int = 20
     speak: bool = True
 
     def __post_init__(self) -> None:
@@ -57,6 +55,7 @@ class Settings:
             ("top_k", 0, 2**31 - 1),
             ("voice_top_k", 0, 2**31 - 1),
             ("max_text_tokens", 1, 100_000),
+            ("max_speech_ratio", 3, 1_000),
             ("seed", -(2**63), 2**63 - 1),
         ):
             if not low <= getattr(self, name) <= high:
@@ -88,7 +87,7 @@ class Session:
         self.rows = all_rows(batch, self.device)
         self.timings = Timings()
         # A reply's voice context: sos, the query, its text, turn of speech, its speech tokens.
-        voice_positions = 2 + max_positions + (1 + MAX_SPEECH_RATIO) * settings.max_text_tokens
+        voice_positions = 2 + max_positions + (1 + settings.max_speech_ratio) * settings.max_text_tokens
         self._state = model.initial_state(batch, max_positions, voice_positions)
         self._last = torch.zeros(batch, model.config.llm.dim, device=self.device, dtype=model.dtype)
         self._query: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -256,7 +255,7 @@ class Session:
             temperature=settings.voice_temperature,
             top_k=settings.voice_top_k,
             top_p=settings.voice_top_p,
-            max_ratio=MAX_SPEECH_RATIO,
+            max_ratio=settings.max_speech_ratio,
             query=query,
         )
 

@@ -10,7 +10,7 @@ import torch
 import minmo
 from minmo.conversation import timings as T
 
-SHORT = minmo.Settings(max_text_tokens=7)
+SHORT = minmo.Settings(max_text_tokens=6, max_speech_ratio=4)
 
 
 @pytest.fixture(scope="module")
@@ -38,14 +38,14 @@ def test_a_turn_gives_text_sound_and_every_timing(model, question):
 
 def test_the_same_seed_gives_the_same_reply_and_another_a_different_one(model, question):
     first, again = (minmo.talk(model, question, SHORT) for _ in range(2))
-    other = minmo.talk(model, question, minmo.Settings(max_text_tokens=7, seed=1))
+    other = minmo.talk(model, question, minmo.Settings(max_text_tokens=6, max_speech_ratio=4, seed=1))
     assert first.text == again.text and np.array_equal(first.audio, again.audio)
     assert other.text != first.text
 
 
 def test_a_batch_answers_each_entry_as_if_alone(model, question):
     turns = [question, "what is two plus three", question[: len(question) // 2]]
-    settings = minmo.Settings(max_text_tokens=6, temperature=0.0, voice_temperature=0.0)
+    settings = minmo.Settings(max_text_tokens=6, max_speech_ratio=4, temperature=0.0, voice_temperature=0.0)
     together = minmo.talk(model, turns, settings)
     for turn, reply in zip(turns, together, strict=True):
         alone = minmo.talk(model, turn, settings)
@@ -62,7 +62,7 @@ def test_the_other_verbs(model, question):
     )
     assert [len(r.audio) for r in translated] == [0, 0]
     assert len(minmo.ask(model, "what is two plus three", SHORT).audio) > 0
-    spoken = minmo.say(model, ["two plus three", "one"])
+    spoken = minmo.say(model, ["two plus three", "one"], SHORT)
     assert [r.text for r in spoken] == ["two plus three", "one"]
     assert all(len(r.audio) > 0 for r in spoken)
 
@@ -111,7 +111,7 @@ def test_bad_sound_is_one_clear_sentence(model, sound, message):
 
 def test_one_sample_and_silence_are_turns_too(model):
     for sound in (np.zeros(1, np.float32), np.zeros(20_000, np.float32)):
-        reply = minmo.talk(model, sound, minmo.Settings(max_text_tokens=2))
+        reply = minmo.talk(model, sound, minmo.Settings(max_text_tokens=2, max_speech_ratio=4))
         assert np.isfinite(reply.audio).all()
 
 
@@ -121,5 +121,5 @@ def test_a_context_that_is_too_short_says_so(model, question):
 
 
 def test_sixteen_bit_weights_talk_too(question):
-    reply = minmo.talk(minmo.load("nano", dtype=torch.bfloat16), question, minmo.Settings(max_text_tokens=5))
+    reply = minmo.talk(minmo.load("nano", dtype=torch.bfloat16), question, SHORT)
     assert np.isfinite(reply.audio).all() and len(reply.audio) > 0
