@@ -23,7 +23,8 @@ ROWS = [
     ["minmo.data"],
     ["minmo.token2wav", "minmo.tokenizer"],
     ["minmo.modules"],
-    ["minmo.state", "minmo.config", "minmo.audio"],
+    ["minmo.state", "minmo.audio"],
+    ["minmo.config"],
     ["minmo_kernels"],
 ]
 # Parts that may import less than all that lies below them.
