@@ -189,6 +189,7 @@ class Session:
 
         A token pairs with the state that predicted it. Entries that end leave `writing`, in place.
         """
+        began = now(self.device)
         block = self.model.config.voice_decoder.semantic_block
         states, embeddings, ids = [], [], [list[int]() for _ in range(self.batch)]
         counts = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
@@ -209,9 +210,9 @@ class Session:
             clock.mark(T.TO_TEXT)
             self._think(embedding, writing.to(torch.int32), query=False)
             if i == 0 and written == 0:
-                clock.lap(T.FIRST_TEXT)
+                self.timings.add(T.FIRST_TEXT, now(self.device) - began)
         if int(counts.max()) == block:
-            clock.lap(T.FIVE_TEXT)
+            self.timings.add(T.FIVE_TEXT, now(self.device) - began)
         short = [0, 0, 0, block - len(states)]
         pad = torch.nn.functional.pad
         return pad(torch.stack(states, 1), short), pad(torch.stack(embeddings, 1), short), counts, ids
@@ -265,7 +266,7 @@ class Session:
         """Semantic vectors -> speech tokens -> mel -> sound of each entry, and which entries have finished."""
         model, state = self.model, self._state.speaking
         rows = torch.where(speaking, self.rows, -1).to(torch.int32)
-        clock.lap(None)
+        clock.skip()
         tokens, token_counts, _ = model.voice_decoder.step((hidden, embedding), counts, state.decoder, rows, text_done)
         finished = state.decoder.finished & speaking
         if int(token_counts.max()) > 0:
@@ -297,11 +298,14 @@ class _Clock:
         self._start = self._last = now(device)
         self._marked: set[str] = set()
 
-    def lap(self, stage: str | None) -> None:
-        """Adds the time since the last lap to a stage (None: to no stage)."""
+    def skip(self) -> None:
+        """The next lap begins here."""
+        self._last = now(self._device)
+
+    def lap(self, stage: str) -> None:
+        """Adds the time since the last lap to a stage."""
         last, self._last = self._last, now(self._device)
-        if stage is not None:
-            self._timings.add(stage, self._last - last)
+        self._timings.add(stage, self._last - last)
 
     def mark(self, stage: str) -> None:
         if stage not in self._marked:
