@@ -93,16 +93,17 @@ def test_schedule_training_layout_equals_forced_decoding_over_the_grid():
             p.copy_((normal(2, *p.shape) * 10).round())
     grid = torch.cartesian_prod(torch.tensor([0, 3]), torch.arange(41), torch.arange(121)).to(torch.int32)
     assert len(grid) == 2 * 41 * 121
-    arguments = list(packed(*grid.unbind(1), vocab=130))
-    arguments[:2] = [(10 * x).round() for x in arguments[:2]]
-    trained, targets = made(*arguments)
-    assert torch.equal(made.forced(*arguments), trained)
-    # Every speech token and one end of speech are predicted once in each row, and fill once in each block.
-    query, text, speech = grid.unbind(1)
-    predicted = (targets >= 0) & (targets < 130)
-    assert torch.equal(predicted.sum(1), speech.long())
-    assert ((targets == 130).sum(1) == 1).all()
-    assert torch.equal((targets == 132).sum(1), torch.where(speech > 3 * text, text // 5, 0).long())
+    # Pieces of like speech length: a row takes part until the longest of its piece ends.
+    for piece in grid[grid[:, 2].argsort(stable=True)].split(902):
+        query, text, speech = piece.unbind(1)
+        arguments = list(packed(query, text, speech, vocab=130))
+        arguments[:2] = [(10 * x).round() for x in arguments[:2]]
+        trained, targets = made(*arguments)
+        assert torch.equal(made.forced(*arguments), trained)
+        # Every speech token and one end of speech are predicted once in each row, and fill once in each block.
+        assert torch.equal(((targets >= 0) & (targets < 130)).sum(1), speech.long())
+        assert ((targets == 130).sum(1) == 1).all()
+        assert torch.equal((targets == 132).sum(1), torch.where(speech > 3 * text, text // 5, 0).long())
 
 
 CORNERS = [
@@ -112,12 +113,11 @@ CORNERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("order", ["hidden,embedding", "embedding,hidden"])
-def test_schedule_forced_logits_equal_training_logits(decoder, order):
-    made = VoiceDecoder(replace(TINY, order=order))
+def test_schedule_forced_logits_equal_training_logits(decoder):
+    made = VoiceDecoder(replace(TINY, order="embedding,hidden"))
     made.load_state_dict(decoder.state_dict())
-    query = ints(*[(0, 3, 1)[i % 3] for i in range(2 * len(CORNERS))])
-    text, speech = (ints(*column, *column) for column in zip(*CORNERS, strict=True))
+    query = ints(*[(0, 3, 1)[i % 3] for i in range(len(CORNERS))])
+    text, speech = (ints(*column) for column in zip(*CORNERS, strict=True))
     arguments = packed(query, text, speech)
     logits, targets = made(*arguments)
     forced = made.forced(*arguments)
@@ -238,7 +238,7 @@ def test_free_running_ends_at_its_limits(decoder):
     assert [n for _, n in calls[2]] == [45, 15, 15, 15, 6]
     shortest, _ = speak(all_end, HIDDEN, EMBEDDING, lengths, rows)
     assert [len(t) for t in shortest] == [6, 2, 30, 0]
-    full, _ = speak(no_end, HIDDEN, EMBEDDING, lengths, rows, capacity=60)
+    full, _ = speak(no_end, HIDDEN, EMBEDDING, lengths, rows, capacity=60, max_ratio=20.0)
     assert [len(t) for t in full] == [60 - 2 - 3, 20, 60 - 2 - 12, 0]
 
 
