@@ -38,7 +38,12 @@ class Request:
 
     device: str
     capability: tuple[int, int] | None
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]
+    """Of the tensor arguments in schema order."""
+    contiguous: bool
+    """Every tensor is."""
+    grad: bool
+    """The call must be differentiable."""
     features: dict[str, Hashable]
 
 
@@ -78,7 +83,8 @@ class Explanation:
     def __str__(self) -> str:
         features = ", ".join(f"{k}={v}" for k, v in self.request.features.items())
         where = self.request.device + ("" if self.request.capability is None else f" sm_{self._sm}")
-        head = f"{self.op} on {where}, {str(self.request.dtype).removeprefix('torch.')}, {features or 'no features'}"
+        dtype = str(self.request.dtypes[0]).removeprefix("torch.")
+        head = f"{self.op} on {where}, {dtype}, {features or 'no features'}"
         return "\n".join([head, *map(str, self.verdicts)])
 
     @property
@@ -127,11 +133,30 @@ class Op:
     def choose(self, *args: Any) -> Backend:
         """The backend that serves this call. Raises BackendError where a forced one or strict mode cannot."""
         features = self._features(*args)
-        key = (args[0].device, args[0].dtype, _forced, _strict, *features.values())
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        dtypes = tuple([t.dtype for t in tensors])
+        contiguous = all([t.is_contiguous() for t in tensors])
+        grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+        key = (args[0].device, dtypes, contiguous, grad, _forced, _strict, *features.values())
         backend = self._table.get(key)
         if backend is None:
-            backend = self._table[key] = self._select(_request(args[0], features))
+            backend = self._select(self.request(*args))
+            if args[0].device.type != "meta":
+                self._table[key] = backend
         return backend
+
+    def request(self, *args: Any) -> Request:
+        """What backends are asked about a call."""
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        device = args[0].device
+        return Request(
+            device=device.type,
+            capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+            dtypes=tuple([t.dtype for t in tensors]),
+            contiguous=all([t.is_contiguous() for t in tensors]),
+            grad=torch.is_grad_enabled() and any([t.requires_grad for t in tensors]),
+            features=self._features(*args),
+        )
 
     def _select(self, request: Request) -> Backend:
         if _forced is not None:
@@ -166,7 +191,7 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
     >>> print(minmo_kernels.explain(minmo_kernels.rms_norm, x, weight, eps=1e-6))
     """
     op, arguments = intercept(function, *args, **kwargs)
-    return op._explain(_request(arguments[0], op._features(*arguments)))
+    return op._explain(op.request(*arguments))
 
 
 def intercept(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Op, tuple[Any, ...]]:
@@ -204,6 +229,11 @@ def strict() -> Iterator[None]:
         _strict = before
 
 
+def is_strict() -> bool:
+    """Whether the call is inside `strict()`."""
+    return _strict
+
+
 def check(condition: bool, message: Callable[[], str]) -> None:
     """Argument validation of the public functions; the message is built only when it is needed."""
     if not condition:
@@ -231,8 +261,3 @@ class _Intercepted(Exception):
     def __init__(self, op: Op, args: tuple[Any, ...]) -> None:
         super().__init__(op.name)
         self.op, self.args = op, args
-
-
-def _request(tensor: torch.Tensor, features: dict[str, Hashable]) -> Request:
-    capability = torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else None
-    return Request(tensor.device.type, capability, tensor.dtype, features)

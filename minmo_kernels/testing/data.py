@@ -42,3 +42,21 @@ def padding_nan(x: Tensor, rows: Tensor) -> Tensor:
 def outputs(result: Any) -> tuple[Tensor, ...]:
     """An operation's result as a tuple of tensors."""
     return tuple(result) if isinstance(result, tuple) else (result,)
+
+
+def maybe_int8(name: str, weight: Tensor, int8: bool) -> dict[str, Tensor]:
+    """The arguments of a weight (dim_out, dim_in): itself, or rounded to int8 with a scale a row (`weight_scale`)."""
+    if not int8:
+        return {name: weight}
+    scale = weight.float().abs().amax(dim=1).clamp(min=1e-8) / 127
+    return {name: (weight.float() / scale[:, None]).round().to(torch.int8), "weight_scale": scale}
+
+
+def dequantised(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """A weight in fp64, for oracles."""
+    return weight.double() if scale is None else weight.double() * scale.double()[:, None]
+
+
+def weight_bytes(case: Any, dim_out: int, dim_in: int) -> int:
+    """What a case's weight occupies."""
+    return dim_out * (dim_in + 4) if case["int8"] else dim_out * dim_in * getattr(torch, case["dtype"]).itemsize

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import Op, Request, check, check_tensor
+from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.append_kv.reference import reference
 
 
@@ -67,6 +68,12 @@ def _fake(qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, heads, kv_heads
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], heads, k_cache.shape[3]))
 
 
+def refuses_head_dim(request: Request) -> str | None:
+    """Shared by the operations on caches."""
+    dim = request.features["dim"]
+    return None if dim in (64, 128) else f"its head dimension is 64 or 128, not {dim}"
+
+
 OP = Op(
     "append_kv",
     "(Tensor qkv, Tensor? bias, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows, Tensor lengths,"
@@ -74,4 +81,5 @@ OP = Op(
     reference=reference,
     fake=_fake,
     features=lambda qkv, bias, k, *args: {"ring": args[-1], "rope": args[-2], "dim": k.shape[3]},
+    backends=(triton_backend("append_kv", refuses_head_dim),),
 )

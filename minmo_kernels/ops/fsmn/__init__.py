@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.fsmn.reference import reference
 
 
@@ -53,4 +54,5 @@ OP = Op(
     reference=reference,
     fake=lambda v, weight, carry, rows, lengths, right: v.new_empty(v.shape),
     features=lambda v, weight, carry, rows, lengths, right: {"taps": weight.shape[2], "carry": carry is not None},
+    backends=(triton_backend("fsmn"),),
 )

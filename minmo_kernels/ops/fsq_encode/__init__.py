@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.fsq_encode.reference import fsq_centres, reference
 
 __all__ = ["fsq_centres", "fsq_encode"]
@@ -56,4 +57,5 @@ OP = Op(
     reference=reference,
     fake=lambda x, weight, bias, rows, lengths, levels: x.new_empty(x.shape[:2], dtype=torch.int32),
     features=lambda x, weight, bias, rows, lengths, levels: {"digits": len(levels)},
+    backends=(triton_backend("fsq_encode"),),
 )

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from minmo_kernels.ops.gate_up_swiglu import gate_up_swiglu
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import generator, normal, padding_nan, random_rows
+from minmo_kernels.testing import dequantised, generator, maybe_int8, normal, padding_nan, random_rows, weight_bytes
 
 
 def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+            "int8": st.booleans(),
             "batch": st.integers(1, 4),
             "dim": st.sampled_from([32, 96, 130]),
             "ffn": st.sampled_from([16, 64, 101]),
@@ -32,16 +33,19 @@ def make(case: Case) -> dict[str, Any]:
     return {
         "x": padding_nan(normal(g, batch, dim, dtype=dtype), rows),
         "norm_weight": normal(g, dim, dtype=dtype),
-        "weight": normal(g, 2 * case["ffn"], dim, dtype=dtype, scale=dim**-0.5),
+        **maybe_int8("weight", normal(g, 2 * case["ffn"], dim, dtype=dtype, scale=dim**-0.5), case["int8"]),
         "rows": rows,
         "eps": 1e-6,
     }
 
 
-def oracle(x: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, eps: float) -> tuple[Tensor]:
+def oracle(
+    x: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, eps: float, weight_scale: Tensor | None = None
+) -> tuple[Tensor]:
     """Two separate matrices; the norm folded into them."""
+    weight = dequantised(weight, weight_scale)
     out = torch.zeros(x.shape[0], weight.shape[0] // 2, dtype=torch.float64)
-    gate, up = (weight[i::2].double() * norm_weight.double() for i in (0, 1))
+    gate, up = (weight[i::2] * norm_weight.double() for i in (0, 1))
     for b, row in enumerate(rows.tolist()):
         if row >= 0:
             source = x[b].double()
@@ -53,7 +57,7 @@ def oracle(x: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, eps: fl
 
 def _units_are_independent(case: Case) -> None:
     """A slice of the weight's row pairs gives that slice of the output."""
-    arguments = make(dict(case, dtype="float32"))
+    arguments = make(dict(case, dtype="float32", int8=False))
     half = case["ffn"] // 2
     part = gate_up_swiglu(**dict(arguments, weight=arguments["weight"][2 * half :]))
     torch.testing.assert_close(part, gate_up_swiglu(**arguments)[:, half:], rtol=1e-4, atol=1e-5)
@@ -62,12 +66,15 @@ def _units_are_independent(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, ffn."""
     for batch in (1, 8):
-        yield {"dtype": "bfloat16", "batch": batch, "dim": dims["dim"], "ffn": dims["ffn"], "seed": 0}
+        for int8 in (False, True):
+            yield {
+                "dtype": "bfloat16", "int8": int8, "batch": batch, "dim": dims["dim"], "ffn": dims["ffn"], "seed": 0,
+            }  # fmt: skip
 
 
 def moved_bytes(case: Case) -> int:
-    values = case["dim"] * (2 * case["ffn"] + 1) + case["batch"] * (case["dim"] + case["ffn"])
-    return getattr(torch, case["dtype"]).itemsize * values
+    values = case["dim"] + case["batch"] * (case["dim"] + case["ffn"])
+    return weight_bytes(case, 2 * case["ffn"], case["dim"]) + getattr(torch, case["dtype"]).itemsize * values
 
 
 def flops(case: Case) -> int:

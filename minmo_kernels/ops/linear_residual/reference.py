@@ -8,7 +8,12 @@ from torch import Tensor
 from minmo_kernels.dispatch import compute_dtype
 
 
-def reference(x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor) -> Tensor:
+def reference(x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None) -> Tensor:
     kind = compute_dtype(x.dtype)
-    out = residual.to(kind) + x.to(kind) @ weight.to(kind).T
+    out = residual.to(kind) + x.to(kind) @ dequantised(weight, weight_scale, kind).T
     return torch.where((rows >= 0)[:, None], out, 0.0).to(x.dtype)
+
+
+def dequantised(weight: Tensor, scale: Tensor | None, kind: torch.dtype) -> Tensor:
+    """A weight in the compute dtype; an int8 one times its scale a row."""
+    return weight.to(kind) if scale is None else weight.to(kind) * scale.to(kind)[:, None]

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from minmo_kernels.ops.linear_residual import linear_residual
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import generator, normal, padding_nan, random_rows
+from minmo_kernels.testing import dequantised, generator, maybe_int8, normal, padding_nan, random_rows, weight_bytes
 
 
 def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+            "int8": st.booleans(),
             "batch": st.integers(1, 4),
             "dim_in": st.sampled_from([32, 96, 130]),
             "dim_out": st.sampled_from([16, 64, 101]),
@@ -31,25 +32,28 @@ def make(case: Case) -> dict[str, Any]:
     rows = random_rows(g, batch, batch + 1)
     return {
         "x": padding_nan(normal(g, batch, dim_in, dtype=dtype), rows),
-        "weight": normal(g, dim_out, dim_in, dtype=dtype, scale=dim_in**-0.5),
+        **maybe_int8("weight", normal(g, dim_out, dim_in, dtype=dtype, scale=dim_in**-0.5), case["int8"]),
         "residual": padding_nan(normal(g, batch, dim_out, dtype=dtype), rows),
         "rows": rows,
     }
 
 
-def oracle(x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor) -> tuple[Tensor]:
+def oracle(
+    x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None = None
+) -> tuple[Tensor]:
     """One extra input that is always 1 carries the residual."""
+    weight = dequantised(weight, weight_scale)
     out = torch.zeros(residual.shape, dtype=torch.float64)
     for b, row in enumerate(rows.tolist()):
         if row >= 0:
-            columns = torch.cat([weight.double(), residual[b].double()[:, None]], dim=1)
+            columns = torch.cat([weight, residual[b].double()[:, None]], dim=1)
             out[b] = columns @ torch.cat([x[b].double(), torch.ones(1, dtype=torch.float64)])
     return (out,)
 
 
 def _sum_of_halves(case: Case) -> None:
     """Two halves of the input, one after the other, give the whole."""
-    arguments = make(dict(case, dtype="float32"))
+    arguments = make(dict(case, dtype="float32", int8=False))
     x, weight, half = arguments["x"], arguments["weight"], case["dim_in"] // 2
     first = linear_residual(**dict(arguments, x=x[:, :half], weight=weight[:, :half]))
     both = linear_residual(**dict(arguments, x=x[:, half:], weight=weight[:, half:], residual=first))
@@ -59,12 +63,16 @@ def _sum_of_halves(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, ffn (the down projection)."""
     for batch in (1, 8):
-        yield {"dtype": "bfloat16", "batch": batch, "dim_in": dims["ffn"], "dim_out": dims["dim"], "seed": 0}
+        for int8 in (False, True):
+            yield {
+                "dtype": "bfloat16", "int8": int8, "batch": batch, "dim_in": dims["ffn"], "dim_out": dims["dim"],
+                "seed": 0,
+            }  # fmt: skip
 
 
 def moved_bytes(case: Case) -> int:
-    values = case["dim_in"] * case["dim_out"] + case["batch"] * (case["dim_in"] + 2 * case["dim_out"])
-    return getattr(torch, case["dtype"]).itemsize * values
+    values = case["batch"] * (case["dim_in"] + 2 * case["dim_out"])
+    return weight_bytes(case, case["dim_out"], case["dim_in"]) + getattr(torch, case["dtype"]).itemsize * values
 
 
 def flops(case: Case) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import Op, Request, check, check_tensor
+from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.log_mel.filters import mel_filters
 from minmo_kernels.ops.log_mel.reference import reference
 
@@ -70,6 +71,14 @@ def log_mel(
     return OP(audio, lengths, carry, rows, filters, window, rule, hop, floor)
 
 
+def _refuses(request: Request) -> str | None:
+    if request.features["rule"] != "stream":
+        return "the whisper rule needs the utterance's maximum; the reference serves it"
+    if request.features["n_fft"] > 16 * request.features["hop"]:
+        return "a window is longer than a program's frames"
+    return None
+
+
 OP = Op(
     "log_mel",
     "(Tensor audio, Tensor lengths, Tensor(a!)? carry, Tensor rows, Tensor filters, Tensor window, str rule, int hop,"
@@ -83,4 +92,5 @@ OP = Op(
         "n_fft": window.shape[0],
         "hop": hop,
     },
+    backends=(triton_backend("log_mel", _refuses),),
 )

@@ -12,13 +12,14 @@ from torch import Tensor
 from minmo_kernels.ops.merge_linear_residual import merge_linear_residual
 from minmo_kernels.ops.streaming_attention import streaming_attention
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import generator, normal, padding_nan, random_rows
+from minmo_kernels.testing import dequantised, generator, maybe_int8, normal, padding_nan, random_rows, weight_bytes
 
 
 def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+            "int8": st.booleans(),
             "batch": st.integers(1, 4),
             "partials": st.integers(1, 5),
             "heads": st.sampled_from([1, 3, 4]),
@@ -38,18 +39,27 @@ def make(case: Case) -> dict[str, Any]:
     partials = normal(g, batch, case["partials"], heads, dim)
     partials[lse.isneginf()] = math.nan
     rows = random_rows(g, batch, batch + 1)
+    weight = normal(g, case["dim_out"], heads * dim, dtype=case["dtype"], scale=(heads * dim) ** -0.5)
     return {
         "partials": partials,
         "lse": lse,
-        "weight": normal(g, case["dim_out"], heads * dim, dtype=case["dtype"], scale=(heads * dim) ** -0.5),
+        **maybe_int8("weight", weight, case["int8"]),
         "residual": padding_nan(normal(g, batch, case["dim_out"], dtype=case["dtype"]), rows),
         "rows": rows,
     }
 
 
-def oracle(partials: Tensor, lse: Tensor, weight: Tensor, residual: Tensor, rows: Tensor) -> tuple[Tensor]:
+def oracle(
+    partials: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    rows: Tensor,
+    weight_scale: Tensor | None = None,
+) -> tuple[Tensor]:
     """Head by head, over the parts that saw something."""
     heads, dim = partials.shape[2:]
+    weight = dequantised(weight, weight_scale)
     out = torch.zeros(residual.shape, dtype=torch.float64)
     for b, row in enumerate(rows.tolist()):
         if row < 0:
@@ -59,7 +69,7 @@ def oracle(partials: Tensor, lse: Tensor, weight: Tensor, residual: Tensor, rows
             parts = lse[b, :, h].isfinite().nonzero()[:, 0]
             if len(parts):
                 share = torch.softmax(lse[b, parts, h].double(), 0)
-                out[b] += weight[:, h * dim : (h + 1) * dim].double() @ (share @ partials[b, parts, h].double())
+                out[b] += weight[:, h * dim : (h + 1) * dim] @ (share @ partials[b, parts, h].double())
     return (out,)
 
 
@@ -83,17 +93,19 @@ def _number_of_parts(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, heads, head_dim."""
     for batch in (1, 8):
-        yield {
-            "dtype": "bfloat16", "batch": batch, "partials": 8, "heads": dims["heads"], "head_dim": dims["head_dim"],
-            "dim_out": dims["dim"], "seed": 0,
-        }  # fmt: skip
+        for int8 in (False, True):
+            yield {
+                "dtype": "bfloat16", "int8": int8, "batch": batch, "partials": 8, "heads": dims["heads"],
+                "head_dim": dims["head_dim"], "dim_out": dims["dim"], "seed": 0,
+            }  # fmt: skip
 
 
 def moved_bytes(case: Case) -> int:
     width = case["heads"] * case["head_dim"]
-    values = case["dim_out"] * (width + 2 * case["batch"])
+    values = case["dim_out"] * 2 * case["batch"]
     parts = case["batch"] * case["partials"] * (width + case["heads"])
-    return getattr(torch, case["dtype"]).itemsize * values + 4 * parts
+    weight = weight_bytes(case, case["dim_out"], width)
+    return weight + getattr(torch, case["dtype"]).itemsize * values + 4 * parts
 
 
 def flops(case: Case) -> int:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.mix_semantic_speech.reference import reference
 from minmo_kernels.ops.mix_semantic_speech.schedule import UNKNOWN_LENGTH, is_bistream
 
@@ -137,4 +138,5 @@ OP = Op(
     reference=reference,
     fake=_fake,
     features=lambda *args: {"hidden_first": args[18]},
+    backends=(triton_backend("mix_semantic_speech", backward=True),),
 )

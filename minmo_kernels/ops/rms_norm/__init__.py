@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.rms_norm.reference import reference
 
 
@@ -30,4 +31,5 @@ OP = Op(
     "(Tensor x, Tensor weight, Tensor? rows, float eps) -> Tensor",
     reference=reference,
     fake=lambda x, weight, rows, eps: torch.empty_like(x),
+    backends=(triton_backend("rms_norm"),),
 )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import Op, Request, check, check_tensor
+from minmo_kernels.launch import triton_backend
+from minmo_kernels.ops.append_kv import refuses_head_dim
+from minmo_kernels.ops.linear_residual import check_scale, refuses_many_rows, rows_bucket
 from minmo_kernels.ops.rms_norm_qkv_rope_append.reference import reference
 
 
@@ -24,14 +27,15 @@ def rms_norm_qkv_rope_append(
     eps: float,
     rope_theta: float,
     ring: bool = False,
+    weight_scale: Tensor | None = None,
 ) -> Tensor:
     """One new position a session: `append_kv(rms_norm(x) @ qkv_weight.T + qkv_bias)` without rounding in between.
 
-    Shapes: x (batch, dim); norm_weight (dim,); qkv_weight ((heads + 2 kv_heads) head_dim, dim), packed [q | k | v];
-    qkv_bias of as many values, or None; k_cache, v_cache (sessions, capacity, kv_heads, head_dim), written in place;
-    rows (batch,) int32, -1 = padding; lengths (sessions,) int32, the positions already in each cache: the new one
-    takes position lengths[row], in slot lengths[row] or, with `ring`, lengths[row] % capacity. The caller advances
-    them.
+    Shapes: x (batch, dim); norm_weight (dim,); qkv_weight ((heads + 2 kv_heads) head_dim, dim), packed [q | k | v],
+    or int8 with weight_scale (of as many values as rows) fp32; qkv_bias of as many values, or None; k_cache, v_cache
+    (sessions, capacity, kv_heads, head_dim), written in place; rows (batch,) int32, -1 = padding; lengths (sessions,)
+    int32, the positions already in each cache: the new one takes position lengths[row], in slot lengths[row] or, with
+    `ring`, lengths[row] % capacity. The caller advances them.
 
     Returns q (batch, heads, head_dim), rotated (half-split pairs), zeros for padding entries. Raises ValueError for
     shapes, dtypes or devices that do not fit, and on a CPU for a position past a linear cache's capacity; the caches
@@ -40,7 +44,8 @@ def rms_norm_qkv_rope_append(
     name = "rms_norm_qkv_rope_append"
     check_tensor(name, "x", x, "batch dim", x.device)
     check_tensor(name, "norm_weight", norm_weight, "dim", x.device, x.dtype)
-    check_tensor(name, "qkv_weight", qkv_weight, "packed dim", x.device, x.dtype)
+    check_tensor(name, "qkv_weight", qkv_weight, "packed dim", x.device, x.dtype, torch.int8)
+    check_scale(name, qkv_weight, weight_scale)
     for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, label, cache, "sessions capacity kv_heads head_dim", x.device, x.dtype)
     check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
@@ -69,17 +74,36 @@ def rms_norm_qkv_rope_append(
         lambda: f"{name}: lengths has {lengths.shape[0]} rows for {k_cache.shape[0]} sessions",
     )
     return OP(
-        x, norm_weight, qkv_weight, qkv_bias, k_cache, v_cache, rows, lengths, heads, kv_heads, eps, rope_theta, ring
+        x,
+        norm_weight,
+        qkv_weight,
+        qkv_bias,
+        k_cache,
+        v_cache,
+        rows,
+        lengths,
+        weight_scale,
+        heads,
+        kv_heads,
+        eps,
+        rope_theta,
+        ring,
     )
+
+
+def _refuses(request: Request) -> str | None:
+    return refuses_many_rows(request) or refuses_head_dim(request)
 
 
 OP = Op(
     "rms_norm_qkv_rope_append",
     "(Tensor x, Tensor norm_weight, Tensor qkv_weight, Tensor? qkv_bias, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-    " Tensor rows, Tensor lengths, int heads, int kv_heads, float eps, float rope_theta, bool ring) -> Tensor",
+    " Tensor rows, Tensor lengths, Tensor? weight_scale, int heads, int kv_heads, float eps, float rope_theta,"
+    " bool ring) -> Tensor",
     reference=reference,
-    fake=lambda x, norm_weight, qkv_weight, qkv_bias, k_cache, v_cache, rows, lengths, heads, *rest: x.new_empty(
-        (x.shape[0], heads, k_cache.shape[3])
+    fake=lambda x, norm_weight, qkv_weight, qkv_bias, k_cache, v_cache, rows, lengths, weight_scale, heads, *rest: (
+        x.new_empty((x.shape[0], heads, k_cache.shape[3]))
     ),
-    features=lambda x, norm, weight, bias, k, *args: {"ring": args[-1], "dim": k.shape[3]},
+    features=lambda x, norm, weight, bias, k, *args: {"ring": args[-1], "dim": k.shape[3], "rows": rows_bucket(len(x))},
+    backends=(triton_backend("rms_norm_qkv_rope_append", _refuses),),
 )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minmo_kernels.ops.append_kv.reference import reference as append_reference
+from minmo_kernels.ops.linear_residual.reference import dequantised
 from minmo_kernels.ops.rms_norm.reference import normalise
 
 
@@ -18,6 +19,7 @@ def reference(
     v_cache: Tensor,
     rows: Tensor,
     lengths: Tensor,
+    weight_scale: Tensor | None,
     heads: int,
     kv_heads: int,
     eps: float,
@@ -25,7 +27,7 @@ def reference(
     ring: bool,
 ) -> Tensor:
     normed = normalise(torch.where((rows >= 0)[:, None], x, 0.0), norm_weight, eps)
-    qkv = normed @ qkv_weight.to(normed.dtype).T
+    qkv = normed @ dequantised(qkv_weight, weight_scale, normed.dtype).T
     q = append_reference(
         qkv[:, None], qkv_bias, k_cache, v_cache, rows, lengths, None, heads, kv_heads, rope_theta, True, ring
     )

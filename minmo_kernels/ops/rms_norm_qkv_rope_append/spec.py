@@ -13,13 +13,14 @@ from minmo_kernels.ops.append_kv import append_kv
 from minmo_kernels.ops.rms_norm import rms_norm
 from minmo_kernels.ops.rms_norm_qkv_rope_append import rms_norm_qkv_rope_append
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import generator, normal, padding_nan, random_rows
+from minmo_kernels.testing import dequantised, generator, maybe_int8, normal, padding_nan, random_rows, weight_bytes
 
 
 def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+            "int8": st.booleans(),
             "batch": st.integers(1, 4),
             "dim": st.sampled_from([32, 96, 130]),
             "heads": st.sampled_from([(1, 1), (4, 2), (7, 1)]),
@@ -43,7 +44,7 @@ def make(case: Case) -> dict[str, Any]:
     return {
         "x": padding_nan(normal(g, batch, dim, dtype=dtype), rows),
         "norm_weight": normal(g, dim, dtype=dtype),
-        "qkv_weight": normal(g, packed, dim, dtype=dtype, scale=dim**-0.5),
+        **maybe_int8("qkv_weight", normal(g, packed, dim, dtype=dtype, scale=dim**-0.5), case["int8"]),
         "qkv_bias": normal(g, packed, dtype=dtype) if case["bias"] else None,
         "k_cache": normal(g, *cache, dtype=dtype),
         "v_cache": normal(g, *cache, dtype=dtype),
@@ -71,12 +72,13 @@ def oracle(
     eps: float,
     rope_theta: float,
     ring: bool,
+    weight_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Entry by entry; the norm folded into the weight, the rotation as a product of complex numbers."""
     capacity, dim = k_cache.shape[1], k_cache.shape[3]
     k_out, v_out = k_cache.double().clone(), v_cache.double().clone()
     out = torch.zeros(x.shape[0], heads, dim, dtype=torch.float64)
-    weight = qkv_weight.double() * norm_weight.double()
+    weight = dequantised(qkv_weight, weight_scale) * norm_weight.double()
 
     def turn(vectors: Tensor, position: int) -> Tensor:
         turned = vectors.clone()
@@ -102,7 +104,7 @@ def oracle(
 
 def _equals_its_parts(case: Case) -> None:
     """In fp32 the fused operation equals rms_norm, a matrix product and append_kv."""
-    arguments = make(dict(case, dtype="float32"))
+    arguments = make(dict(case, dtype="float32", int8=False))
     k, v = arguments["k_cache"].clone(), arguments["v_cache"].clone()
     q = rms_norm_qkv_rope_append(**arguments)
     qkv = rms_norm(arguments["x"], arguments["norm_weight"], arguments["rows"], eps=arguments["eps"])
@@ -118,10 +120,12 @@ def _equals_its_parts(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, heads, kv_heads, head_dim, capacity."""
     for batch in (1, 8):
-        yield {
-            "dtype": "bfloat16", "batch": batch, "dim": dims["dim"], "heads": (dims["heads"], dims["kv_heads"]),
-            "head_dim": dims["head_dim"], "capacity": dims["capacity"], "ring": False, "bias": True, "seed": 0,
-        }  # fmt: skip
+        for int8 in (False, True):
+            yield {
+                "dtype": "bfloat16", "int8": int8, "batch": batch, "dim": dims["dim"],
+                "heads": (dims["heads"], dims["kv_heads"]), "head_dim": dims["head_dim"],
+                "capacity": dims["capacity"], "ring": False, "bias": True, "seed": 0,
+            }  # fmt: skip
 
 
 def _packed(case: Case) -> int:
@@ -130,8 +134,8 @@ def _packed(case: Case) -> int:
 
 
 def moved_bytes(case: Case) -> int:
-    weights = _packed(case) * (case["dim"] + case["bias"]) + case["dim"]
-    return getattr(torch, case["dtype"]).itemsize * (weights + case["batch"] * (case["dim"] + _packed(case)))
+    values = _packed(case) * case["bias"] + case["dim"] + case["batch"] * (case["dim"] + _packed(case))
+    return weight_bytes(case, _packed(case), case["dim"]) + getattr(torch, case["dtype"]).itemsize * values
 
 
 def flops(case: Case) -> int:

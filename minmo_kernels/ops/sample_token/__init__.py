@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.sample_token.reference import reference
 
 
@@ -82,4 +83,5 @@ OP = Op(
     reference=reference,
     fake=lambda logits, *args: logits.new_empty(logits.shape[:1], dtype=torch.int32),
     features=lambda *args: {"history": args[7] is not None, "banned": args[8] is not None},
+    backends=(triton_backend("sample_token"),),
 )

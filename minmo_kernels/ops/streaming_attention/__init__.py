@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.launch import triton_backend
+from minmo_kernels.ops.append_kv import refuses_head_dim
 from minmo_kernels.ops.streaming_attention import backends
 from minmo_kernels.ops.streaming_attention.reference import reference
 
@@ -49,8 +51,9 @@ def streaming_attention(
 
     scale: of the scores, default 1 / sqrt(dim). Returns out (batch, T, heads, dim) in q's dtype, zeros for padding
     entries, queries beyond q_lengths and queries that see nothing; with `return_lse` also the natural log-sum-exp of
-    the scores (batch, T, heads) fp32, -inf there. partials = n > 0 gives n unmerged parts over equal slot ranges: out
-    (batch, n, T, heads, dim) fp32 and lse (batch, n, T, heads), always both.
+    the scores (batch, T, heads) fp32, -inf there. partials = n > 0 gives n unmerged parts over
+    disjoint ranges of slots, cut where the backend likes: out (batch, n, T, heads, dim) fp32 and lse
+    (batch, n, T, heads), always both.
 
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
@@ -108,5 +111,5 @@ OP = Op(
     reference=reference,
     fake=_fake,
     features=_features,
-    backends=(backends.TORCH,),
+    backends=(triton_backend("streaming_attention", refuses_head_dim), backends.TORCH),
 )

@@ -1,0 +1,185 @@
+"""Launching Triton kernels: a cached path for eager calls, compilation ahead of use, and a watch on late compiles.
+
+Kernels take their run-time arguments first and their constants after them, in the order of their signature; run-time
+integers are never specialised on. So a compiled kernel is found by dtypes and constants alone, and no length, position
+or row count ever causes a compilation.
+
+`recording(target)` collects launches without running them (on meta tensors, say): from such records come `warmup`, the
+compile gate and the static report, so what they see is what a call launches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from minmo_kernels import dispatch
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run on a CPU, through Triton's interpreter. Decided by the environment when this module is imported."""
+AVAILABLE = importlib.util.find_spec("triton") is not None
+
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_compiled: dict[Any, Any] = {}
+_warmed = False
+_recording: tuple[int, list[Launch]] | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: kernel, grid, run-time arguments, constants by name, compiler options by name."""
+
+    kernel: Any
+    grid: tuple[int, int, int]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.fn.__name__).strip("_")
+
+    @property
+    def key(self) -> str:
+        """What tells its binary from others: kernel, dtypes, constants, options."""
+        kinds = [str(a.dtype).removeprefix("torch.") for a in self.arguments if isinstance(a, torch.Tensor)]
+        values = [f"{k}={v}" for k, v in {**self.constants, **self.options}.items()]
+        return " ".join([self.name, *dict.fromkeys(kinds), *values])
+
+
+def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
+    """Runs `kernel` over `grid`. arguments: run-time ones in signature order, None where absent. constants: the rest
+    of the signature in its order, then compiler options (`OPTIONS`). A grid of no programs runs nothing.
+
+    Raises BackendError in strict mode where it would compile after `warmup`.
+    """
+    if 0 in grid:
+        return
+    constants.setdefault("enable_fp_fusion", True)
+    if _recording is not None:
+        options = {name: constants.pop(name) for name in OPTIONS if name in constants}
+        _recording[1].append(Launch(kernel, grid, arguments, constants, options))
+    elif INTERPRETING:
+        kernel[grid](*arguments, **{k: v for k, v in constants.items() if k not in OPTIONS})
+    else:
+        _run(kernel, grid, arguments, constants)
+
+
+def _run(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    kinds = tuple([a.dtype if type(a) is torch.Tensor else type(a) for a in arguments])
+    if any([type(a) is torch.Tensor and a.data_ptr() % 16 for a in arguments]):
+        kernel[grid](*arguments, **constants)  # Triton's own way: slower, and compiles for the lesser alignment
+        return
+    key = (kernel, torch.cuda.current_device(), kinds, *constants.values())
+    found = _compiled.get(key)
+    if found is None:
+        if _warmed and dispatch.is_strict():
+            raise dispatch.BackendError(f"{kernel.fn.__name__} compiles after warmup(); add a case for {key[2:]}")
+        compiled = kernel.warmup(*arguments, grid=grid, **constants)
+        fixed = tuple(v for k, v in constants.items() if k not in OPTIONS)
+        found = _compiled[key] = (compiled, compiled.run, fixed)
+    compiled, run, fixed = found
+    stream = torch.cuda.current_stream().cuda_stream
+    run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *fixed)
+
+
+@contextlib.contextmanager
+def recording(sm: int) -> Iterator[list[Launch]]:
+    """Inside the block, launches are collected and not run, as a GPU of compute capability `sm` (90 = 9.0) would see
+    them. Results of operations are then meaningless."""
+    global _recording
+    before, records = _recording, []
+    _recording = (sm, records)
+    try:
+        yield records
+    finally:
+        _recording = before
+
+
+def target(tensor: torch.Tensor) -> int:
+    """Compute capability that a launch on `tensor`'s device is for (90 = 9.0); 0 for the interpreter."""
+    if _recording is not None:
+        return _recording[0]
+    if not tensor.is_cuda:
+        return 0
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+def launches(function: Callable[..., Any], arguments: dict[str, Any], sm: int) -> list[Launch]:
+    """What a public operation would launch for these arguments on a GPU of capability `sm`; only shapes are read."""
+    on_meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with recording(sm) as records, dispatch.use_backend("triton"):
+        function(**on_meta)
+    return records
+
+
+def warmup(calls: Iterable[tuple[Callable[..., Any], dict[str, Any]]], device: str = "cuda") -> int:
+    """Compiles ahead what `function(**arguments)` would launch for each call, without running it; returns how many
+    kernels that were. Tensors may be on the meta device. Afterwards `strict()` raises on any late compile.
+
+    Raises BackendError for a call that the Triton backend refuses, with the reason.
+    """
+    global _warmed
+    before = len(_compiled)
+    sm = target(torch.empty(0, device=device))
+    for function, arguments in calls:
+        for record in launches(function, arguments, sm):
+            kinds = tuple([a.dtype if isinstance(a, torch.Tensor) else type(a) for a in record.arguments])
+            constants = {**record.constants, **record.options}
+            key = (record.kernel, torch.cuda.current_device(), kinds, *constants.values())
+            if key not in _compiled:
+                compiled = record.kernel.warmup(*record.arguments, grid=record.grid, **constants)
+                _compiled[key] = (compiled, compiled.run, tuple(record.constants.values()))
+    _warmed = True
+    return len(_compiled) - before
+
+
+def triton_backend(
+    operation: str, refuses: Callable[[dispatch.Request], str | None] = lambda request: None, backward: bool = False
+) -> dispatch.Backend:
+    """The backend whose `run` stands in the operation's `kernel.py`, imported at the first call that it serves.
+
+    refuses: what this operation's kernel does not serve, besides what none does. backward: it is differentiable.
+    """
+
+    def run(*arguments: Any) -> Any:
+        return importlib.import_module(f"minmo_kernels.ops.{operation}.kernel").run(*arguments)
+
+    return dispatch.Backend("triton", run, lambda request: _refuses(request, backward) or refuses(request))
+
+
+def _refuses(request: dispatch.Request, backward: bool) -> str | None:
+    if not AVAILABLE:
+        return "triton is not installed"
+    if request.device == "cpu" and not INTERPRETING:
+        return "on a CPU it needs TRITON_INTERPRET=1, set before the import"
+    if request.device == "meta" and _recording is None:
+        return "meta tensors hold nothing to compute"
+    if request.device not in ("cpu", "cuda", "meta"):
+        return f"it does not run on {request.device}"
+    if request.capability is not None and request.capability < (8, 0):
+        return "it needs compute capability 8.0 or newer"
+    if torch.float64 in request.dtypes:
+        return "float64 is not among its dtypes"
+    if request.device == "cpu" and torch.bfloat16 in request.dtypes:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    if request.grad and not backward:
+        return "it has no backward; the reference serves training"
+    if not request.contiguous:
+        return "a tensor is not contiguous; call .contiguous() on it"
+    return None
+
+
+def triton_dtype(dtype: torch.dtype) -> Any:
+    """The same dtype in Triton's language."""
+    import triton.language as tl
+
+    return {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}[dtype]

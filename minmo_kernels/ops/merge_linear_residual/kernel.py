@@ -1,0 +1,14 @@
+"""`merge_linear_residual` in Triton: `linear_residual` whose programs merge attention's parts as they load them."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from minmo_kernels.ops.linear_residual.kernel import run_projection
+
+
+def run(
+    partials: Tensor, lse: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None
+) -> Tensor:
+    parts, head_dim = partials.shape[1], partials.shape[3]
+    return run_projection(partials, lse, weight, weight_scale, residual, rows, parts, head_dim)

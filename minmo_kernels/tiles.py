@@ -1,0 +1,173 @@
+"""Pieces of kernels that several operations share, as `@triton.jit` functions over blocks.
+
+They load, compute in fp32 and return; which block, and what happens to the result, is the caller's. Only `kernel.py`
+files import this module: it needs triton.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+
+@functools.cache
+def rope_table(theta: float, dim: int, device: torch.device) -> torch.Tensor:
+    """Rotary frequencies in turns a position, as 32-bit fixed-point fractions. (dim / 2,) int32
+
+    position x frequency in wrapping 32-bit integers is the angle modulo a turn, to position x 2^-33 turns: exact where
+    a product in fp32 has lost the angle.
+    """
+    turns = theta ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)) / (2 * math.pi)
+    fixed = (turns * 2.0**32).round().to(torch.int64)
+    return torch.where(fixed >= 2**31, fixed - 2**32, fixed).to(torch.int32).to(device)
+
+
+@triton.jit
+def rotation(position, frequency):
+    """cos and sin of position x frequency; frequency: a block of `rope_table`, position: int32, broadcast."""
+    angle = (position * frequency).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+    return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
+def visible(query, key, window, chunk, left_chunks, chunk_offset, MASK: tl.constexpr):
+    """The mask rule of `streaming_attention` on absolute positions, broadcast."""
+    if MASK == "causal":
+        see = (key <= query) & ((key > query - window) | (window == 0))
+    elif MASK == "chunk":
+        query_chunk = (query + chunk_offset) // chunk
+        key_chunk = (key + chunk_offset) // chunk
+        see = (key_chunk <= query_chunk) & ((key_chunk >= query_chunk - left_chunks) | (left_chunks < 0))
+    else:
+        see = (key == key) & (query == query)
+    return see
+
+
+@triton.jit
+def first_visible(query, window, chunk, left_chunks, chunk_offset, MASK: tl.constexpr):
+    """The lowest position that a query sees."""
+    lowest = query * 0
+    if MASK == "causal":
+        lowest = tl.where(window > 0, tl.maximum(query - window + 1, 0), 0)
+    elif MASK == "chunk":
+        start = ((query + chunk_offset) // chunk - left_chunks) * chunk - chunk_offset
+        lowest = tl.where(left_chunks >= 0, tl.maximum(start, 0), 0)
+    return lowest
+
+
+@triton.jit
+def past_visible(query, end, chunk, chunk_offset, MASK: tl.constexpr):
+    """One past the highest position that a query sees, `end` at most."""
+    past = end
+    if MASK == "causal":
+        past = tl.minimum(end, query + 1)
+    elif MASK == "chunk":
+        past = tl.minimum(end, ((query + chunk_offset) // chunk + 1) * chunk - chunk_offset)
+    return past
+
+
+@triton.jit
+def load_inputs(
+    x_ptr, lse_ptr, norm_ptr, scale, m, k, read, parts, DIM: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """A block (m, k) of a projection's input in fp32. m, k: index blocks of shapes (M, 1), (1, K); read: what exists.
+
+    SOURCE "plain": x (rows, DIM). "normed": x times `scale` (M, 1), the inverse root mean square, times the norm's
+    weight. "merged": x holds attention's unmerged parts (rows, parts, DIM) fp32, merged by their log-sum-exp.
+    """
+    if SOURCE == "merged":
+        heads: tl.constexpr = DIM // HEAD_DIM
+        top = tl.full(read.shape, float("-inf"), tl.float32)
+        total = tl.zeros(read.shape, tl.float32)
+        x = tl.zeros(read.shape, tl.float32)
+        for part in range(parts):
+            at = m * parts + part
+            lse = tl.load(lse_ptr + at * heads + k // HEAD_DIM, mask=read, other=float("-inf"))
+            seen = lse > float("-inf")
+            value = tl.load(x_ptr + at.to(tl.int64) * DIM + k, mask=seen, other=0.0).to(tl.float32)
+            new_top = tl.maximum(top, lse)
+            safe = tl.where(new_top > float("-inf"), new_top, 0.0)
+            old_share, share = tl.exp(top - safe), tl.exp(lse - safe)
+            x = x * old_share + value * share
+            total = total * old_share + share
+            top = new_top
+        x = x / tl.where(total > 0.0, total, 1.0)
+    else:
+        x = tl.load(x_ptr + m.to(tl.int64) * DIM + k, mask=read, other=0.0).to(tl.float32)
+        if SOURCE == "normed":
+            x = x * scale * tl.load(norm_ptr + k, mask=k < DIM, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def inverse_rms(x_ptr, m, active, eps, DIM: tl.constexpr, BLOCK_K: tl.constexpr):
+    """1 / sqrt(mean(x^2) + eps) of rows m (M, 1) of x (rows, DIM), zeros read for what is not active. (M, 1) fp32"""
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    squares = tl.zeros([m.shape[0], BLOCK_K], tl.float32)
+    for start in range(0, DIM, BLOCK_K):
+        k = start + columns
+        x = tl.load(x_ptr + m.to(tl.int64) * DIM + k, mask=active & (k < DIM), other=0.0).to(tl.float32)
+        squares += x * x
+    return 1.0 / tl.sqrt_rn(tl.sum(squares, axis=1)[:, None] / DIM + eps)
+
+
+@triton.jit
+def project(
+    x_ptr, lse_ptr, norm_ptr, weight_ptr, scale_ptr, rows_ptr, n, batch, parts, eps,
+    DIM: tl.constexpr, DIM_OUT: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Input rows times weight rows n (BLOCK_N,) of a row-major weight (DIM_OUT, DIM) -> (M, BLOCK_N) fp32.
+
+    M is ROWS, the bucket of the batch, for 1 and 2 rows: plain multiplications, which is all that a memory-bound
+    product needs. Above, the tensor cores serve in the dtype DOT, and M is at least 16. Rows of the batch that are
+    padding count as zeros. An int8 weight has one fp32 scale a row in scale_ptr.
+    """
+    inside = (n < DIM_OUT)[:, None]
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    base = n[:, None].to(tl.int64) * DIM
+    if ROWS <= 2:
+        first = tl.zeros([1, 1], tl.int32)
+        active0 = tl.load(rows_ptr + first) >= 0
+        active1 = tl.load(rows_ptr + first + 1, mask=first + 1 < batch, other=-1) >= 0
+        norm0, norm1 = 1.0, 1.0
+        if SOURCE == "normed":
+            norm0 = inverse_rms(x_ptr, first, active0, eps, DIM, BLOCK_K)
+            if ROWS == 2:
+                norm1 = inverse_rms(x_ptr, first + 1, active1, eps, DIM, BLOCK_K)
+        sum0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        sum1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for start in range(0, DIM, BLOCK_K):
+            k = start + columns
+            weight = tl.load(weight_ptr + base + k, mask=inside & (k < DIM), other=0.0).to(tl.float32)
+            read = active0 & (k < DIM)
+            sum0 += weight * load_inputs(x_ptr, lse_ptr, norm_ptr, norm0, first, k, read, parts, DIM, SOURCE, HEAD_DIM)
+            if ROWS == 2:
+                read = active1 & (k < DIM)
+                x = load_inputs(x_ptr, lse_ptr, norm_ptr, norm1, first + 1, k, read, parts, DIM, SOURCE, HEAD_DIM)
+                sum1 += weight * x
+        if ROWS == 1:
+            out = tl.sum(sum0, axis=1)[None, :]
+        else:
+            out = tl.trans(tl.join(tl.sum(sum0, axis=1), tl.sum(sum1, axis=1)))
+    else:
+        BLOCK_M: tl.constexpr = 16 if ROWS < 16 else ROWS
+        m = tl.arange(0, BLOCK_M)[:, None]
+        active = tl.load(rows_ptr + m, mask=m < batch, other=-1) >= 0
+        norm = 1.0
+        if SOURCE == "normed":
+            norm = inverse_rms(x_ptr, m, active, eps, DIM, BLOCK_K)
+        out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for start in range(0, DIM, BLOCK_K):
+            k = start + columns
+            weight = tl.load(weight_ptr + base + k, mask=inside & (k < DIM), other=0.0)
+            read = active & (k < DIM)
+            x = load_inputs(x_ptr, lse_ptr, norm_ptr, norm, m, k, read, parts, DIM, SOURCE, HEAD_DIM)
+            out = tl.dot(x.to(DOT), tl.trans(weight.to(DOT)), out, input_precision="ieee")
+    if scale_ptr is not None:
+        out = out * tl.load(scale_ptr + n, mask=n < DIM_OUT, other=0.0)[None, :]
+    return out
