@@ -6,7 +6,9 @@ sentence that says what to do.
 
 from __future__ import annotations
 
+import numbers
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ SUFFIXES = frozenset(
 _OUTPUT = {".wav": "WAV", ".flac": "FLAC"}
 _RATES = (1_000, 768_000)
 _BLOCK = 1 << 16
-_LOUDEST = 16.0
+LOUDEST = 16.0
 """Samples beyond this (24 dB over full scale) are no sound in -1 .. 1; most often integers that were not scaled."""
 
 
@@ -46,8 +48,10 @@ def load_audio(path: str | os.PathLike[str], *, max_seconds: float = MAX_SECONDS
     Raises AudioError for a file that is missing, a directory, no sound, damaged, empty, longer than `max_seconds`, or
     that holds NaN, infinite or unscaled samples.
     """
-    file = Path(path)
-    if not file.exists():
+    file = _path(path)
+    if not max_seconds > 0:
+        raise AudioError(f"max_seconds must be positive, got {max_seconds!r}")
+    if not os.path.exists(file):
         raise AudioError(f"{file} does not exist; check the path")
     if not file.is_file():
         raise AudioError(f"{file} is not a file; give the path of a sound file")
@@ -66,6 +70,8 @@ def save_audio(path: str | os.PathLike[str], samples: Any, sample_rate: int) -> 
     `check_output` refuses.
     """
     file = check_output(path)
+    if not isinstance(sample_rate, numbers.Integral) or not _RATES[0] <= sample_rate <= _RATES[1]:
+        raise AudioError(f"sample_rate must be an integer in {_RATES[0]} .. {_RATES[1]} Hz, got {sample_rate!r}")
     sound = np.asarray(samples)
     if sound.ndim != 1 or sound.dtype.kind != "f":
         raise AudioError(f"sound to save must be floats of the shape (samples,), got {sound.dtype} {sound.shape}")
@@ -81,21 +87,38 @@ def save_audio(path: str | os.PathLike[str], samples: Any, sample_rate: int) -> 
             soundfile.write(part, whole, sample_rate, subtype="PCM_16", format=_OUTPUT[file.suffix.lower()])
             os.replace(part, file)
     except (OSError, soundfile.SoundFileError) as error:
-        raise AudioError(f"{file} cannot be written ({error}); choose another place") from None
+        why = getattr(error, "strerror", None) or error
+        raise AudioError(f"{file} cannot be written ({why}); choose another place") from None
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
     """The path, if `save_audio` could write there; raises AudioError otherwise. Ask before long work."""
-    file = Path(path)
+    file = _path(path)
     if file.suffix.lower() not in _OUTPUT:
         raise AudioError(f"{file} must end in {' or '.join(_OUTPUT)}")
     if file.is_dir():
         raise AudioError(f"{file} is a directory; give the path of a file in it")
     if not file.parent.is_dir():
         raise AudioError(f"the directory {file.parent} does not exist; create it first")
-    if not os.access(file.parent, os.W_OK):
-        raise AudioError(f"the directory {file.parent} is not writable; choose another place")
+    if os.path.lexists(file) and not (file.is_file() and not file.is_symlink()):
+        raise AudioError(f"{file} exists and is no ordinary file; choose another name")
+    try:  # permissions alone do not say it: a file system may be read-only, or no real one
+        with tempfile.TemporaryDirectory(prefix=".minmo-", dir=file.parent):
+            pass
+    except OSError as error:
+        raise AudioError(f"{file.parent} cannot be written to ({error.strerror}); choose another place") from None
     return file
+
+
+def _path(path: str | os.PathLike[str]) -> Path:
+    """A path that the system can take."""
+    try:
+        name = os.fsencode(path)
+    except (TypeError, UnicodeEncodeError):
+        raise AudioError(f"a path must be a file name, got {path!r:.60}") from None
+    if b"\0" in name or max(map(len, name.split(b"/"))) > 255 or len(name) > 4095:
+        raise AudioError(f"{os.fsdecode(name)[:60]!r}… is no possible file name; use a shorter one without NUL")
+    return Path(os.fsdecode(name))
 
 
 def concerns(samples: np.ndarray, sample_rate: int = SAMPLE_RATE) -> list[str]:
@@ -157,7 +180,8 @@ def _read(reader: soundfile.SoundFile, file: Path, max_seconds: float) -> np.nda
         raise AudioError(
             f"{file} says {rate} Hz; rates in {_RATES[0]} .. {_RATES[1]} Hz can be heard: convert it first"
         )
-    limit = int(max_seconds * rate)
+    limit = max_seconds * rate
+    _check_whole(reader, file)
     if reader.frames > limit:
         raise AudioError(_too_long(file, reader.frames / rate, max_seconds))
     resampler, pieces, heard = Resampler(rate), [], 0
@@ -171,7 +195,7 @@ def _read(reader: soundfile.SoundFile, file: Path, max_seconds: float) -> np.nda
         if not np.isfinite(block).all():
             raise AudioError(f"{file} holds NaN or infinite samples; export it again from its source")
         peak = float(np.abs(block).max())
-        if peak > _LOUDEST:
+        if peak > LOUDEST:
             raise AudioError(f"{file} has samples as large as {peak:.3g}; scale them to -1 .. 1")
         heard += len(block)
         if heard > limit:
@@ -182,6 +206,17 @@ def _read(reader: soundfile.SoundFile, file: Path, max_seconds: float) -> np.nda
     if not len(sound):
         raise AudioError(f"{file} is empty: it holds {heard} samples at {rate} Hz; record again")
     return sound
+
+
+def _check_whole(reader: soundfile.SoundFile, file: Path) -> None:
+    """Refuses a WAV whose header promises more than the file holds; a stream's open end (0, or all ones) is no promise.
+
+    libsndfile shortens such a file without a word, and says so in its log alone.
+    """
+    promise = re.search(r"^data : (\d+) \(should be (\d+)\)", reader.extra_info, re.MULTILINE)
+    if promise and int(promise[2]) < int(promise[1]) < 0x7FFFF000:
+        share = int(promise[2]) / int(promise[1])
+        raise AudioError(f"{file} is cut short: {100 * share:.1f} % of its sound is there; export it again")
 
 
 def _why_unreadable(file: Path) -> str:

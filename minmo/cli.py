@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
-from typing import Annotated
+from pathlib import Path, PurePath
+from typing import Annotated, NoReturn
 
 import numpy as np
+import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import minmo
@@ -18,6 +21,7 @@ from minmo.conversation.session import Piece
 from minmo.info import rows as info_rows
 from minmo.info import state_rows
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
+from minmo_kernels import BackendError
 from minmo_kernels.dispatch import backends_in_use
 
 app = typer.Typer(
@@ -25,7 +29,7 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-Sound = Annotated[Path, typer.Argument(help="A sound file: any rate, any number of channels.")]
+Sound = Annotated[str, typer.Argument(help="A sound file: 1 to 768 kHz, any number of channels.")]
 SoundOrText = Annotated[str, typer.Argument(help="A sound file, or words.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the reply's sound (.wav, .flac).")]
 Preset = Annotated[str, typer.Option(help="A preset, or a checkpoint directory.")]
@@ -36,6 +40,9 @@ Temperature = Annotated[float, typer.Option(help="Of the text; 0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Nucleus of the text.")]
 TopK = Annotated[int, typer.Option(help="Most likely tokens kept for the text; 0 = all.")]
 VoiceTemperature = Annotated[float, typer.Option(help="Of the speech tokens; 0 is greedy.")]
+VoiceTopP = Annotated[float, typer.Option(help="Nucleus of the speech tokens.")]
+VoiceTopK = Annotated[int, typer.Option(help="Most likely speech tokens kept; 0 = all.")]
+MaxSpeech = Annotated[int, typer.Option(help="Longest speech, in speech tokens of 40 ms a text token.")]
 MaxText = Annotated[int, typer.Option(help="Longest reply, in text tokens.")]
 Realtime = Annotated[bool, typer.Option("--realtime", help="Feed the sound at the speed of speech.")]
 Repeat = Annotated[int, typer.Option(min=1, help="Take the turn this often; the latency table then has percentiles.")]
@@ -48,24 +55,25 @@ def talk(
     output: Output = None,
     preset: Preset = "nano",
     realtime: Realtime = False,
+    repeat: Repeat = 1,
     instruction: Instruction = None,
     seed: Seed = 0,
     temperature: Temperature = 0.7,
     top_p: TopP = 0.9,
     top_k: TopK = 0,
     voice_temperature: VoiceTemperature = 1.0,
+    voice_top_p: VoiceTopP = 0.8,
+    voice_top_k: VoiceTopK = 25,
     max_text_tokens: MaxText = 32,
-    repeat: Repeat = 1,
+    max_speech_ratio: MaxSpeech = 20,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
     """A spoken turn in, a spoken turn out, with text as it comes and a latency table."""
     settings = minmo.Settings(
-        seed=seed, temperature=temperature, top_p=top_p, top_k=top_k, voice_temperature=voice_temperature,
-        max_text_tokens=max_text_tokens,
-    )  # fmt: skip
-    _run(str(sound), output, preset, settings, CHAT if instruction is None else instruction, realtime, repeat, device,
-         dtype, words=False)  # fmt: skip
+        seed, temperature, top_k, top_p, voice_temperature, voice_top_k, voice_top_p, max_text_tokens, max_speech_ratio
+    )
+    _run(sound, output, preset, settings, _given(instruction, CHAT), device, dtype, realtime, repeat, words=False)
 
 
 @app.command()
@@ -75,13 +83,15 @@ def transcribe(
     instruction: Instruction = None,
     seed: Seed = 0,
     temperature: Temperature = 0.0,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
     max_text_tokens: MaxText = 128,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
     """What was said, as text."""
-    settings = minmo.Settings(seed=seed, temperature=temperature, max_text_tokens=max_text_tokens, speak=False)
-    _run(str(sound), None, preset, settings, instruction or TRANSCRIBE, False, 1, device, dtype, words=False)
+    settings = minmo.Settings(seed, temperature, top_k, top_p, max_text_tokens=max_text_tokens, speak=False)
+    _run(sound, None, preset, settings, _given(instruction, TRANSCRIBE), device, dtype, words=False)
 
 
 @app.command()
@@ -94,16 +104,22 @@ def translate(
     instruction: Instruction = None,
     seed: Seed = 0,
     temperature: Temperature = 0.0,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    voice_temperature: VoiceTemperature = 1.0,
+    voice_top_p: VoiceTopP = 0.8,
+    voice_top_k: VoiceTopK = 25,
     max_text_tokens: MaxText = 128,
+    max_speech_ratio: MaxSpeech = 20,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
     """What was said or written in one language, in another; spoken too with -o."""
     settings = minmo.Settings(
-        seed=seed, temperature=temperature, max_text_tokens=max_text_tokens, speak=output is not None
-    )
-    words = instruction or translation(source, target)
-    _run(turn, output, preset, settings, words, False, 1, device, dtype)
+        seed, temperature, top_k, top_p, voice_temperature, voice_top_k, voice_top_p, max_text_tokens,
+        max_speech_ratio, speak=output is not None,
+    )  # fmt: skip
+    _run(turn, output, preset, settings, _given(instruction, translation(source, target)), device, dtype)
 
 
 @app.command()
@@ -114,15 +130,22 @@ def ask(
     instruction: Instruction = None,
     seed: Seed = 0,
     temperature: Temperature = 0.7,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    voice_temperature: VoiceTemperature = 1.0,
+    voice_top_p: VoiceTopP = 0.8,
+    voice_top_k: VoiceTopK = 25,
     max_text_tokens: MaxText = 32,
+    max_speech_ratio: MaxSpeech = 20,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
     """A question, spoken or typed, answered in text; spoken too with -o."""
     settings = minmo.Settings(
-        seed=seed, temperature=temperature, max_text_tokens=max_text_tokens, speak=output is not None
-    )
-    _run(question, output, preset, settings, CHAT if instruction is None else instruction, False, 1, device, dtype)
+        seed, temperature, top_k, top_p, voice_temperature, voice_top_k, voice_top_p, max_text_tokens,
+        max_speech_ratio, speak=output is not None,
+    )  # fmt: skip
+    _run(question, output, preset, settings, _given(instruction, CHAT), device, dtype)
 
 
 @app.command()
@@ -133,24 +156,33 @@ def say(
     instruction: Instruction = None,
     seed: Seed = 0,
     voice_temperature: VoiceTemperature = 1.0,
+    voice_top_p: VoiceTopP = 0.8,
+    voice_top_k: VoiceTopK = 25,
+    max_speech_ratio: MaxSpeech = 20,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Reads text aloud into a sound file."""
-    settings = minmo.Settings(seed=seed, voice_temperature=voice_temperature)
+    settings = minmo.Settings(
+        seed, voice_temperature=voice_temperature, voice_top_k=voice_top_k, voice_top_p=voice_top_p,
+        max_speech_ratio=max_speech_ratio,
+    )  # fmt: skip
+    if output is not None:
+        minmo.audio.check_output(output)
     model = _load(preset, device, dtype)
-    reply = minmo.say(model, text, settings, instruction=READ_ALOUD if instruction is None else instruction)
+    reply = minmo.say(model, text, settings, instruction=_given(instruction, READ_ALOUD))
     _finish(model, reply, output, reply.timings)
 
 
 @app.command()
 def info(preset: Annotated[str, typer.Argument(help="A preset, or a checkpoint directory.")] = "nano") -> None:
     """Parameters of every module beside the paper's Table 1, and the memory of a session's states."""
-    table = Table("module", "what", "parameters", "paper (quoted)", title=f"{preset}: parameters")
+    name = escape(preset)
+    table = Table("module", "what", "parameters", "paper (quoted)", title=f"{name}: parameters")
     for module, what, count, paper in info_rows(preset):
         table.add_row(module, what, f"{count:,}", paper)
     out.print(table)
-    table = Table("state", "what it holds", "bytes a session", title=f"{preset}: memory of one session, float32")
+    table = Table("state", "what it holds", "bytes a session", title=f"{name}: memory of one session, float32")
     for part, what, size in state_rows(preset):
         table.add_row(part, what, f"{size:,}")
     out.print(table)
@@ -168,16 +200,18 @@ def _run(
     preset: str,
     settings: minmo.Settings,
     instruction: str,
-    realtime: bool,
-    repeat: int,
     device: str | None,
     dtype: str,
+    realtime: bool = False,
+    repeat: int = 1,
     words: bool = True,
 ) -> None:
     """One turn (or several of the same), printed as it comes."""
     heard = _input(turn, words)
     if output is not None:
         minmo.audio.check_output(output)
+        if output.exists() and os.path.exists(turn) and output.samefile(turn):
+            raise ValueError(f"{output} is the input; write the reply to another file")
     model = _load(preset, device, dtype)
     timings = minmo.conversation.Timings()
 
@@ -194,21 +228,24 @@ def _run(
 
 def _input(turn: str, words: bool) -> np.ndarray | str:
     """A sound file's samples; with `words`, anything that does not look like a file is the turn itself."""
-    path = Path(turn)
-    looks_like_file = not words or path.suffix.lower() in minmo.audio.SUFFIXES or "/" in turn and path.exists()
-    if not looks_like_file:
+    named_like_one = PurePath(turn).suffix.lower() in minmo.audio.SUFFIXES and len(turn.split()) == 1
+    if words and not named_like_one and not os.path.isfile(turn):
         return turn
-    samples = minmo.load_audio(path)
+    samples = minmo.load_audio(turn)
     for concern in minmo.audio.concerns(samples):
-        err.print(f"minmo: {path}: {concern}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"minmo: {turn}: {concern}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     return samples
+
+
+def _given(instruction: str | None, default: str) -> str:
+    return default if instruction is None else instruction
 
 
 def _load(preset: str, device: str | None, dtype: str) -> minmo.MinMo:
     model = minmo.load(preset, device, dtype)
     if not model.trained:
         out.print(
-            f"[bold yellow]UNTRAINED:[/] {model.config.name} has {model.provenance}. "
+            f"[bold yellow]UNTRAINED:[/] {escape(model.config.name)} has {escape(model.provenance)}. "
             "Its text and sound mean nothing; only the machinery and its speed are real."
         )
     return model
@@ -217,28 +254,40 @@ def _load(preset: str, device: str | None, dtype: str) -> minmo.MinMo:
 def _finish(model: minmo.MinMo, reply: minmo.Reply, output: Path | None, timings: minmo.conversation.Timings) -> None:
     if output is not None:
         minmo.save_audio(output, reply.audio, reply.sample_rate)
-        out.print(f"sound: {len(reply.audio) / reply.sample_rate:.2f} s at {reply.sample_rate} Hz -> {output}")
+        seconds = len(reply.audio) / reply.sample_rate
+        out.print(f"sound: {seconds:.2f} s at {reply.sample_rate} Hz -> {output}", markup=False, soft_wrap=True)
     table = Table("stage", "n", "p50 ms", "p95 ms", title="latency (compute, first run cold)")
     for stage, count, p50, p95 in timings.table():
         table.add_row(stage, str(count), f"{p50:.1f}", f"{p95:.1f}")
     out.print(table)
     served = ", ".join(f"{op}: {'/'.join(names)}" for op, names in backends_in_use().items())
     out.print(f"machine: {doctor_report.machine(model.device)}", highlight=False, soft_wrap=True)
-    out.print(
-        f"weights: {model.config.name}, {model.provenance}, {str(model.dtype)[6:]}", highlight=False, soft_wrap=True
-    )
+    weights = f"weights: {model.config.name}, {model.provenance}, {str(model.dtype)[6:]}"
+    out.print(weights, highlight=False, markup=False, soft_wrap=True)
     out.print(f"backend: {served}", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     """Entry point: what the user can mend ends as one sentence and exit code 2."""
     try:
-        app()
-    except KeyboardInterrupt:
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        err.print(f"minmo: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        _refuse(f"the GPU's memory is full ({str(error):.100}…); use a smaller model, bfloat16, or fewer tokens")
+    except (ValueError, OSError, FloatingPointError, BackendError) as error:
+        _refuse(str(error))
+    except Exception as error:
+        usage = getattr(error, "format_message", None)  # typer's own: their class has moved between its versions
+        if usage is None:
+            raise
+        _refuse(f"{usage().rstrip('.')}; see minmo --help")
+    sys.exit(code or 0)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    err.print(f"minmo: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

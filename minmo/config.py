@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import types
 import typing
 from dataclasses import dataclass
@@ -17,6 +19,11 @@ from typing import Any
 
 SAMPLE_RATE = 16_000
 """Rate of the sound that MinMo hears, in Hz."""
+
+# What a field of a config.json may hold.
+_MAY_BE_ZERO = ("vocab", "end_of_speech", "fill", "start_marker", "turn_of_speech_marker", "fast_holdback")
+_LAYERS = ("blocks", "layers", "up_blocks", "estimator_mid_blocks", "estimator_transformers", "steps", "harmonics")
+_MOST_LAYERS, _MOST = 256, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -197,6 +204,8 @@ class MinMoConfig:
     vocoder: VocoderConfig
 
     def __post_init__(self) -> None:
+        codes = math.prod(self.speech_tokenizer.levels)
+        samples = math.prod(self.vocoder.upsample_rates) * self.vocoder.istft_hop
         for what, left, right in (
             ("frontend.n_mels and encoder.n_mels", self.frontend.n_mels, self.encoder.n_mels),
             ("encoder.dim and projector.input_dim", self.encoder.dim, self.projector.input_dim),
@@ -205,6 +214,10 @@ class MinMoConfig:
             ("llm.dim and duplex.input_dim", self.llm.dim, self.duplex.input_dim),
             ("voice_decoder.codes and flow.codes", self.voice_decoder.codes, self.flow.codes),
             ("flow.n_mels and vocoder.n_mels", self.flow.n_mels, self.vocoder.n_mels),
+            ("frontend.n_mels and speech_tokenizer's", self.frontend.n_mels, self.speech_tokenizer.encoder.n_mels),
+            ("the product of speech_tokenizer.levels and flow.codes", codes, self.flow.codes),
+            ("frontend.hop and 10 ms of sound", self.frontend.hop, SAMPLE_RATE // 100),
+            ("vocoder.sample_rate and 50 mel frames of sound", self.vocoder.sample_rate, 50 * samples),
         ):
             if left != right:
                 raise ValueError(f"config {self.name}: {what} must be equal, got {left} and {right}")
@@ -217,8 +230,8 @@ class MinMoConfig:
         """Raises ValueError that names the field for a missing, unknown or mistyped one."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"config is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"config is not JSON ({str(error):.80}); write it with minmo.save") from None
         return _build(cls, data, "config")
 
 
@@ -232,13 +245,18 @@ def load_config(preset_or_dir: str | Path) -> MinMoConfig:
     """The configuration of a preset by name, or of a checkpoint directory (its `config.json`)."""
     name = str(preset_or_dir)
     if name in presets():
-        return MinMoConfig.from_json((resources.files("minmo") / "presets" / f"{name}.json").read_text())
+        return MinMoConfig.from_json((resources.files("minmo") / "presets" / f"{name}.json").read_text("utf-8"))
     path = Path(preset_or_dir) / "config.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise FileNotFoundError(
-            f"{name!r} is neither a preset ({', '.join(presets())}) nor a directory with a config.json"
+            f"{name[:100]!r} is neither a preset ({', '.join(presets())}) nor a directory with a config.json"
         )
-    return MinMoConfig.from_json(path.read_text())
+    try:
+        return MinMoConfig.from_json(path.read_text("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; write it with minmo.save") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _build(cls: type, data: Any, where: str) -> Any:
@@ -258,11 +276,30 @@ def _convert(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return _build(typing.cast(type, kind), value, where)
     if isinstance(kind, types.GenericAlias):  # tuple[int, ...] is the only generic here
-        if not isinstance(value, (list, tuple)) or not all(type(v) is int for v in value):
-            raise ValueError(f"{where} must be a list of integers, got {value!r}")
+        if not isinstance(value, (list, tuple)) or not value or not all(type(v) is int for v in value):
+            raise ValueError(f"{where} must be a list of integers, got {value!r:.60}")
+        for number in value:
+            _check_range(where, number)
         return tuple(value)
-    if kind is float and type(value) is int:
-        return float(value)
+    if kind is float and type(value) is int and abs(value) < 2**53:
+        value = float(value)
     if type(value) is not kind:
-        raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r}")
+        raise ValueError(f"{where} must be of type {kind.__name__}, got {value!r:.60}")
+    _check_range(where, value)
     return value
+
+
+def _check_range(where: str, value: Any) -> None:
+    """Sizes that could only come from a broken or hostile file."""
+    name = where.rpartition(".")[2]
+    if type(value) is int:
+        low = -1 if name == "left_context" else 0 if name in _MAY_BE_ZERO else 1
+        high = _MOST_LAYERS if name in _LAYERS else _MOST
+        if not low <= value <= high:
+            raise ValueError(f"{where} must lie between {low} and {high}, got {value!r:.60}")
+    elif type(value) is float:
+        positive = name.endswith("eps") or name in ("rope_theta", "limit")
+        if not abs(value) <= 1e9 or (positive and value <= 0):
+            raise ValueError(f"{where} must be {'positive' if positive else 'finite'}, got {value!r}")
+    elif type(value) is str and not (0 < len(value) <= 100 and value.isprintable()):
+        raise ValueError(f"{where} must be a short line of text, got {value!r:.60}")

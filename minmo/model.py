@@ -115,9 +115,12 @@ class MinMo(nn.Module):
 
 
 def shapes(config: MinMoConfig) -> MinMo:
-    """A MinMo on the meta device: every name and shape, no memory."""
-    with torch.device("meta"), _NothingDrawn():
-        return MinMo(config)
+    """A MinMo on the meta device: every name and shape, no memory. Raises ValueError for sizes that do not fit."""
+    try:
+        with torch.device("meta"), _NothingDrawn():
+            return MinMo(config)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the configuration {config.name} does not build: {error}") from None
 
 
 class _NothingDrawn(TorchFunctionMode):

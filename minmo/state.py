@@ -9,7 +9,7 @@ state is owned by one stream of steps at a time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,6 +79,17 @@ def valid(lengths: Lengths, size: int) -> Tensor:
     return torch.arange(size, device=lengths.device) < lengths[:, None]
 
 
+def check_lengths(x: Tensor, lengths: Lengths) -> None:
+    """Raises ValueError where lengths are not one an entry of x (batch, items, ...), or one exceeds its items.
+
+    Numbers are looked at on a CPU alone, where that is free.
+    """
+    if lengths.shape != x.shape[:1]:
+        raise ValueError(f"lengths must have the shape ({x.shape[0]},), one for each entry, got {tuple(lengths.shape)}")
+    if lengths.is_cpu and bool(((lengths > x.shape[1]) | (lengths < 0)).any()):
+        raise ValueError(f"lengths must lie in 0 .. {x.shape[1]}, the items of the input, got {lengths.tolist()}")
+
+
 def masked(x: Tensor, lengths: Lengths) -> Tensor:
     """x (batch, items, ...) with zeros beyond each length (NaN there does not survive)."""
     keep = valid(lengths, x.shape[1]).reshape(x.shape[0], x.shape[1], *[1] * (x.dim() - 2))
@@ -88,6 +99,11 @@ def masked(x: Tensor, lengths: Lengths) -> Tensor:
 def active_lengths(lengths: Lengths, rows: Tensor) -> Lengths:
     """Lengths with 0 for padding entries (rows -1)."""
     return torch.where(rows >= 0, lengths, 0).to(torch.int32)
+
+
+def advanced(lengths: Tensor, rows: Tensor, counts: Lengths) -> Tensor:
+    """lengths (sessions,) plus each entry's count (0 for padding entries), as a new tensor."""
+    return lengths.index_add(0, rows.clamp(min=0).long(), counts)
 
 
 def read_rows(state: Tensor, rows: Tensor) -> Tensor:
@@ -173,3 +189,13 @@ def join(first: Tensor, first_lengths: Lengths, second: Tensor, second_lengths: 
     index = index.reshape(*index.shape, *[1] * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
     total = (first_lengths + second_lengths).to(torch.int32)
     return masked(both.gather(1, index), total), total
+
+
+def join_all(pieces: Sequence[tuple[Tensor, Lengths]]) -> tuple[Tensor, Lengths]:
+    """`join` of any number of pieces (batch, n_i, ...) with their lengths, in one pass, as long as the longest."""
+    both = torch.cat([x for x, _ in pieces], dim=1)
+    exists = torch.cat([valid(lengths, x.shape[1]) for x, lengths in pieces], dim=1)
+    total = exists.sum(dim=1, dtype=torch.int32)
+    order = torch.argsort(~exists, dim=1, stable=True)[:, : int(total.max())]
+    order = order.reshape(*order.shape, *[1] * (both.dim() - 2)).expand(-1, -1, *both.shape[2:])
+    return masked(both.gather(1, order), total), total

@@ -6,14 +6,16 @@ each such combination and is a table look-up afterwards: no environment reads an
 
 Every operation is also registered with `torch.library` as `minmo_kernels::<name>`, with its mutated arguments declared
 and a fake function, so that `torch.compile(fullgraph=True)` and `torch.export` see one opaque operation. Eager code
-calls the chosen backend directly, so autograd sees through the references.
+calls the chosen backend directly, so autograd sees through the references; a compiled call that needs a gradient traces
+through the reference for the same reason.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,11 @@ _LIBRARY = torch.library.Library("minmo_kernels", "FRAGMENT")
 OPS: dict[str, Op] = {}
 """All operations by name, in the order of registration."""
 
-_forced: str | None = os.environ.get("MINMO_KERNELS_BACKEND")
-_strict = False
-_intercepting = False
+# Of a thread or an asynchronous task, so that forcing a backend in one never reaches another.
+_FORCED = os.environ.get("MINMO_KERNELS_BACKEND")
+_forced: ContextVar[str | None] = ContextVar("forced", default=_FORCED)
+_strict: ContextVar[bool] = ContextVar("strict", default=False)
+_intercepting: ContextVar[bool] = ContextVar("intercepting", default=False)
 
 
 class BackendError(RuntimeError):
@@ -122,8 +126,8 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self.torch_op(*args)
-        if _intercepting:
+            return self.backends[-1].run(*args) if _needs_grad(args) else self.torch_op(*args)
+        if _intercepting.get():
             raise _Intercepted(self, args)
         return self._run(*args)
 
@@ -136,8 +140,8 @@ class Op:
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         dtypes = tuple([t.dtype for t in tensors])
         contiguous = all([t.is_contiguous() for t in tensors])
-        grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
-        key = (args[0].device, dtypes, contiguous, grad, _forced, _strict, *features.values())
+        grad = _needs_grad(tensors)
+        key = (args[0].device, dtypes, contiguous, grad, _forced.get(), _strict.get(), *features.values())
         backend = self._table.get(key)
         if backend is None:
             backend = self._select(self.request(*args))
@@ -154,28 +158,28 @@ class Op:
             capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
             dtypes=tuple([t.dtype for t in tensors]),
             contiguous=all([t.is_contiguous() for t in tensors]),
-            grad=torch.is_grad_enabled() and any([t.requires_grad for t in tensors]),
+            grad=_needs_grad(tensors),
             features=self._features(*args),
         )
 
     def _select(self, request: Request) -> Backend:
-        if _forced is not None:
+        if (forced := _forced.get()) is not None:
             for backend in self.backends:
-                if backend.name == _forced:
+                if backend.name == forced:
                     if reason := backend.refuses(request):
-                        raise BackendError(f"{self.name}: the forced backend {_forced!r} cannot serve: {reason}")
+                        raise BackendError(f"{self.name}: the forced backend {forced!r} cannot serve: {reason}")
                     return backend
             known = ", ".join(b.name for b in self.backends)
-            raise BackendError(f"{self.name} has no backend {_forced!r}; it has {known}")
+            raise BackendError(f"{self.name} has no backend {forced!r}; it has {known}")
         chosen = next(b for b in self.backends if b.refuses(request) is None)
-        if _strict and chosen.name == "reference":
+        if _strict.get() and chosen.name == "reference":
             raise BackendError(f"strict mode: only the reference serves this call\n{self._explain(request)}")
         return chosen
 
     def _explain(self, request: Request) -> Explanation:
         reasons = [(b.name, b.refuses(request)) for b in self.backends]
         first = next(name for name, reason in reasons if reason is None)
-        chosen = _forced if _forced is not None else first
+        chosen = _forced.get() or first
         return Explanation(self.name, request, tuple(Verdict(n, r, n == chosen and r is None) for n, r in reasons))
 
 
@@ -196,42 +200,39 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 def intercept(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Op, tuple[Any, ...]]:
     """The operation that a public function reaches and its arguments in schema order, without running it."""
-    global _intercepting
-    _intercepting = True
+    token = _intercepting.set(True)
     try:
         function(*args, **kwargs)
     except _Intercepted as call:
         return call.op, call.args
     finally:
-        _intercepting = False
+        _intercepting.reset(token)
     raise TypeError(f"{function!r} is not an operation of minmo_kernels")
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Forces one backend for all operations inside the block. One that cannot serve raises BackendError."""
-    global _forced
-    before, _forced = _forced, name
+    token = _forced.set(name)
     try:
         yield
     finally:
-        _forced = before
+        _forced.reset(token)
 
 
 @contextlib.contextmanager
 def strict() -> Iterator[None]:
     """Inside the block, a call that only the reference could serve raises BackendError, with every backend's reason."""
-    global _strict
-    before, _strict = _strict, True
+    token = _strict.set(True)
     try:
         yield
     finally:
-        _strict = before
+        _strict.reset(token)
 
 
 def is_strict() -> bool:
     """Whether the call is inside `strict()`."""
-    return _strict
+    return _strict.get()
 
 
 def check(condition: bool, message: Callable[[], str]) -> None:
@@ -252,9 +253,27 @@ def check_tensor(op: str, name: str, tensor: torch.Tensor, shape: str, device: t
         raise ValueError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
+def check_counts(op: str, name: str, counts: torch.Tensor, batch: int, most: int) -> None:
+    """Checks that counts has one entry a batch entry and, on a CPU, that each lies in 0 .. most."""
+    if len(counts) != batch:
+        raise ValueError(f"{op}: {name} has {len(counts)} entries for a batch of {batch}")
+    if looks_at_values(counts) and bool(((counts < 0) | (counts > most)).any()):
+        raise ValueError(f"{op}: {name} must lie in 0 .. {most}, got {counts.tolist()}")
+
+
+def looks_at_values(tensor: torch.Tensor) -> bool:
+    """Whether validation may read numbers: on a CPU, where that costs nothing, and not while a graph is traced."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a reference computes in: fp32 for anything narrower, the input's own precision otherwise."""
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def _needs_grad(arguments: Iterable[Any]) -> bool:
+    """Whether autograd records this call."""
+    return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in arguments])
 
 
 class _Intercepted(Exception):

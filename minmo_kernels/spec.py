@@ -39,8 +39,6 @@ class OpSpec:
     batched: tuple[str, ...] = ()
     """Arguments whose first axis is the batch (`rows` included): permuting them permutes the outputs."""
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
-    slack: Callable[[Case], float] = lambda case: 0.0
-    """Extra error of the fp32 reference relative to the largest value (such as a rotary angle's rounding)."""
     invariants: Mapping[str, Callable[[Case], None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

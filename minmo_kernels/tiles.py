@@ -16,20 +16,20 @@ import triton.language as tl
 
 @functools.cache
 def rope_table(theta: float, dim: int, device: torch.device) -> torch.Tensor:
-    """Rotary frequencies in turns a position, as 32-bit fixed-point fractions. (dim / 2,) int32
+    """Rotary frequencies in turns a position, as 64-bit fixed-point fractions. (dim / 2,) int64
 
-    position x frequency in wrapping 32-bit integers is the angle modulo a turn, to position x 2^-33 turns: exact where
-    a product in fp32 has lost the angle.
+    position x frequency in wrapping 64-bit integers is the angle modulo a turn, exact at every position where a product
+    in fp32 has long lost it.
     """
     turns = theta ** (-torch.arange(dim // 2, dtype=torch.float64) / (dim // 2)) / (2 * math.pi)
-    fixed = (turns * 2.0**32).round().to(torch.int64)
-    return torch.where(fixed >= 2**31, fixed - 2**32, fixed).to(torch.int32).to(device)
+    return (turns * 2.0**64).round().to(torch.int64).to(device)
 
 
 @triton.jit
 def rotation(position, frequency):
-    """cos and sin of position x frequency; frequency: a block of `rope_table`, position: int32, broadcast."""
-    angle = (position * frequency).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+    """cos and sin of position x frequency; frequency: a block of `rope_table`, position: integer, broadcast."""
+    turn = ((position.to(tl.int64) * frequency) >> 32).to(tl.int32)
+    angle = turn.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
     return tl.cos(angle), tl.sin(angle)
 
 

@@ -6,6 +6,7 @@ different times, and none changes another's output.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,11 +18,16 @@ import minmo_kernels as mk
 from minmo.conversation import timings as T
 from minmo.conversation.timings import Timings, now
 from minmo.model import MinMo
-from minmo.state import all_rows, join, take, valid
+from minmo.state import all_rows, join_all, take, valid
 from minmo.tokenizer.text import TextStream
 
 TICK = 1280
 """Samples of 16 kHz sound in one tick of 80 ms: 8 mel frames, 2 encoder frames, 1 LLM position."""
+
+PREFILL = 64
+"""Positions of text that are read at once."""
+
+MOST_POSITIONS = 1 << 22
 
 TEXT_STREAM = 1
 """Random stream of text sampling (the voice decoder and token2wav have their own)."""
@@ -32,10 +38,11 @@ class Settings:
     """How a reply is drawn and how long it may get.
 
     temperature 0 is greedy. max_text_tokens bounds the reply's text, max_speech_ratio its speech: speech tokens (40 ms)
-    a text token, CosyVoice 2's 20 by default. seed: all randomness of a session; entry b of a batch uses seed + b.
+    a text token, CosyVoice 2's 20 by default. seed: all randomness of a session: one for every entry of a batch, or one
+    each. Raises ValueError for values of the wrong type or out of range.
     """
 
-    seed: int = 0
+    seed: int | tuple[int, ...] = 0
     temperature: float = 0.7
     top_k: int = 0
     top_p: float = 0.9
@@ -47,6 +54,11 @@ class Settings:
     speak: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.speak, bool):
+            raise ValueError(f"speak must be True or False, got {self.speak!r}")
+        seeds = self.seed if isinstance(self.seed, (tuple, list)) else (self.seed,)
+        if not all(isinstance(s, numbers.Integral) and -(2**63) <= s < 2**63 for s in seeds):
+            raise ValueError(f"seed must be a 64-bit integer, or one for each entry, got {self.seed!r}")
         for name, low, high in (
             ("temperature", 0.0, 100.0),
             ("voice_temperature", 0.0, 100.0),
@@ -56,13 +68,23 @@ class Settings:
             ("voice_top_k", 0, 2**31 - 1),
             ("max_text_tokens", 1, 100_000),
             ("max_speech_ratio", 3, 1_000),
-            ("seed", -(2**63), 2**63 - 1),
         ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must lie between {low} and {high}, got {getattr(self, name)}")
+            value, kind = getattr(self, name), type(low)
+            if not isinstance(value, numbers.Integral if kind is int else numbers.Real):
+                raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
+            if not low <= value <= high:
+                raise ValueError(f"{name} must lie between {low} and {high}, got {value}")
+            object.__setattr__(self, name, kind(value))
+
+    def seeds(self, batch: int) -> list[int]:
+        """A seed for each entry. Raises ValueError where seeds were given for another number of entries."""
+        seeds = list(self.seed) if isinstance(self.seed, (tuple, list)) else [self.seed] * batch
+        if len(seeds) != batch:
+            raise ValueError(f"there are {len(seeds)} seeds for a batch of {batch}; give one, or one for each entry")
+        return seeds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Piece:
     """What one round of answering gave one entry: new text, new sound (24 kHz, float32), and whether it is complete."""
 
@@ -74,30 +96,42 @@ class Piece:
 class Session:
     """`batch` sessions in step with one another's calls, each in its own row.
 
-    max_positions: LLM context of a session (prompt + 12.5 positions a second of sound + reply text). A call that would
-    exceed it raises ValueError before anything is changed.
+    max_positions: LLM context of a session (prompt + 12.5 positions a second of sound + reply text). A `read` or `hear`
+    that would exceed it raises ValueError before anything is changed.
     """
 
     def __init__(self, model: MinMo, batch: int, settings: Settings, max_positions: int) -> None:
         if model.tokenizer is None:
             raise ValueError(f"{model.config.name} has no tokenizer.json; load a checkpoint directory that holds one")
-        self.model, self.settings = model, settings
+        if not isinstance(settings, Settings):
+            raise ValueError(f"settings must be a minmo.Settings, got {type(settings).__name__}")
+        if model.device.type == "meta":
+            raise ValueError("this model holds shapes only (device 'meta'); load it on cpu or cuda to use it")
+        if not isinstance(max_positions, numbers.Integral) or not 0 < max_positions <= MOST_POSITIONS:
+            raise ValueError(f"max_positions must lie between 1 and {MOST_POSITIONS}, got {max_positions!r}")
+        self.model, self.settings, self.max_positions = model, settings, max_positions
         self.tokenizer = model.tokenizer
         self.batch, self.device = batch, model.device
         self.rows = all_rows(batch, self.device)
         self.timings = Timings()
         # A reply's voice context: sos, the query, its text, turn of speech, its speech tokens.
         voice_positions = 2 + max_positions + (1 + settings.max_speech_ratio) * settings.max_text_tokens
-        self._state = model.initial_state(batch, max_positions, voice_positions)
+        try:
+            self._state = model.initial_state(batch, max_positions, voice_positions)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"a context of {max_positions} positions and {voice_positions} of speech for {batch} sessions does not "
+                f"fit in memory ({str(error):.80}…); lower max_positions, max_text_tokens or max_speech_ratio"
+            ) from None
         self._last = torch.zeros(batch, model.config.llm.dim, device=self.device, dtype=model.dtype)
         self._query: list[tuple[Tensor, Tensor, Tensor]] = []
         self._drawn = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._replies = 0
-        self._seeds = settings.seed + torch.arange(batch, device=self.device)
+        self._seeds = torch.tensor(settings.seeds(batch), dtype=torch.int64, device=self.device)
         self._sampling = (
-            torch.full((batch,), settings.temperature, device=self.device),
+            torch.full((batch,), settings.temperature, dtype=torch.float32, device=self.device),
             self._ints([settings.top_k] * batch),
-            torch.full((batch,), settings.top_p, device=self.device),
+            torch.full((batch,), settings.top_p, dtype=torch.float32, device=self.device),
         )
         # Of the control tokens a reply may only draw the one that ends it.
         control = [i for i in self.tokenizer.special_ids if i != self.tokenizer.end_of_turn]
@@ -115,13 +149,18 @@ class Session:
         query: these are the user's own words (a typed turn), which the voice decoder gets as query embeddings.
         """
         lengths = self._ints([len(i) for i in ids])
-        if int(lengths.max()) == 0:
+        longest = max(map(len, ids))
+        if longest == 0:
             return
-        padded = torch.zeros(self.batch, int(lengths.max()), dtype=torch.int64)
+        self._check_room(lengths)
+        # Pieces of one width, so that how long the others' prompts are does not change the shape of an entry's sums.
+        padded = torch.zeros(self.batch, -(-longest // PREFILL) * PREFILL, dtype=torch.int64)
         for entry, sequence in enumerate(ids):
             padded[entry, : len(sequence)] = torch.tensor(list(sequence), dtype=torch.int64)
         with self.timings.measure(T.PREFILL, self.device):
-            self._think(self.model.llm.embed(padded.to(self.device)), lengths, query)
+            for start, piece in enumerate(padded.to(self.device).split(PREFILL, dim=1)):
+                count = (lengths - start * PREFILL).clamp(min=0, max=PREFILL)
+                self._think(self.model.llm.embed(piece), count, query)
 
     @torch.inference_mode()
     def hear(self, audio: Tensor, lengths: Tensor, final: Tensor) -> Tensor:
@@ -131,6 +170,8 @@ class Session:
         that became complete; NaN where an entry has fewer.
         """
         model, state = self.model, self._state.hearing
+        samples = state.frontend.waiting.count + lengths
+        self._check_room(torch.where(final, -(-samples // TICK), samples // TICK))
         with self.timings.measure(T.ENCODER, self.device):
             mel, counts, _ = model.frontend.step(audio, lengths, state.frontend, self.rows, final)
             frames, counts, _ = model.encoder.step(mel.to(model.dtype), counts, state.encoder, self.rows, final)
@@ -151,6 +192,8 @@ class Session:
         forced: the reply's text, token by token, instead of sampling it: text to speech, which has no query (the user
         said nothing). The speaking states start anew; the query is used up.
         """
+        if forced is None:
+            self._check_room(torch.full_like(self.rows, self.settings.max_text_tokens))
         clock = _Clock(self.timings, self.device)
         texts = [TextStream(self.tokenizer) for _ in range(self.batch)]
         writing = torch.ones(self.batch, dtype=torch.bool, device=self.device)
@@ -171,6 +214,15 @@ class Session:
             deltas = [d + (t.flush() if end else "") for d, t, end in zip(deltas, texts, done, strict=True)]
             yield [Piece(*piece) for piece in zip(deltas, sound, done, strict=True)]
         clock.mark(T.TOTAL)
+
+    def _check_room(self, more: Tensor) -> None:
+        """Raises ValueError where a session's context cannot take so many more positions, (batch,)."""
+        need = int((self._state.llm.lengths + more).max())
+        if need > self.max_positions:
+            raise ValueError(
+                f"the conversation would take {need} positions, but its context holds {self.max_positions}: start a "
+                "new one, or raise max_positions"
+            )
 
     def _think(self, x: Tensor, lengths: Tensor, query: bool) -> Tensor:
         """Runs the LLM over new positions x (batch, T, dim), remembers each entry's last state -> hidden states."""
@@ -244,10 +296,8 @@ class Session:
         model.vocoder.start(state.vocoder, self.rows, seeds)
         query = None
         if with_query and self._query:
-            hidden, embedding, lengths = self._query[0]
-            for more_hidden, more_embedding, count in self._query[1:]:
-                hidden, _ = join(hidden, lengths, more_hidden, count)
-                embedding, lengths = join(embedding, lengths, more_embedding, count)
+            hidden, lengths = join_all([(hidden, count) for hidden, _, count in self._query])
+            embedding, _ = join_all([(embedding, count) for _, embedding, count in self._query])
             query = (hidden, embedding, lengths)
         model.voice_decoder.start(
             state.decoder,

@@ -7,6 +7,7 @@ more input is taken.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,16 +17,17 @@ import numpy as np
 import torch
 
 from minmo.config import SAMPLE_RATE
-from minmo.conversation.session import Session, Settings
+from minmo.conversation.session import TICK, Session, Settings
 from minmo.conversation.verbs import Sound, check_sound
 from minmo.model import MinMo
 from minmo.modules.duplex import TURN_TAKING
 from minmo.tokenizer.text import CHAT
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VoiceInput:
-    """A piece of the user's sound, of any length: mono 16 kHz float32, and when its first sample was heard."""
+    """A piece of the user's sound, of any length, none included: mono 16 kHz float32 samples, and when the
+    first of them was heard."""
 
     audio: Sound
     timestamp_ms: float
@@ -35,12 +37,12 @@ class VoiceInput:
         return self.timestamp_ms + 1e3 * len(self.audio) / SAMPLE_RATE
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class VoiceOutput:
     """A piece of the assistant's turn: mono 24 kHz float32 sound, the text that came with it, and when it was ready.
 
-    timestamp_ms is on the input's clock: the end of the last input taken plus the time spent since. final: the turn is
-    complete.
+    timestamp_ms is on the input's clock: the end of the last input taken plus the time spent computing since.
+    final: the turn is complete.
     """
 
     audio: Sound
@@ -82,71 +84,92 @@ def full_duplex(
 ) -> Iterator[VoiceOutput] | AsyncIterator[VoiceOutput]:
     """Listens to a stream and answers each of its turns.
 
-    threshold: the predictor's turn-taking probability from which a turn counts as ended. max_positions: LLM context of
+    threshold: the predictor's turn-taking probability from which a turn counts as ended, asked every 80 ms; sound after
+    the decision belongs to the next turn. max_positions: LLM context of
     the conversation; running out of it raises ValueError. An async stream gives an async iterator, whose computing is
     done off the event loop. Raises AudioError for a piece of sound that cannot be heard.
     """
     turns = _Turns(model, settings, threshold, max_positions)
     if isinstance(stream, AsyncIterable):
         return _answers_async(turns, stream)
+    if not isinstance(stream, Iterable):
+        raise ValueError(f"stream must be an iterable of minmo.VoiceInput, got {type(stream).__name__}")
     return _answers(turns, stream)
 
 
 def _answers(turns: _Turns, stream: Iterable[VoiceInput]) -> Iterator[VoiceOutput]:
     for piece in stream:
-        if turns.take(piece):
-            yield from turns.answer()
-    if turns.heard:
-        yield from turns.answer()
+        yield from turns.take(piece)
+    yield from turns.finish()
 
 
 async def _answers_async(turns: _Turns, stream: AsyncIterable[VoiceInput]) -> AsyncIterator[VoiceOutput]:
-    async def answer() -> AsyncIterator[VoiceOutput]:
-        outputs = turns.answer()
+    async for piece in stream:
+        outputs = turns.take(piece)
         while (output := await asyncio.to_thread(next, outputs, None)) is not None:
             yield output
-
-    async for piece in stream:
-        if await asyncio.to_thread(turns.take, piece):
-            async for output in answer():
-                yield output
-    if turns.heard:
-        async for output in answer():
-            yield output
+    outputs = turns.finish()
+    while (output := await asyncio.to_thread(next, outputs, None)) is not None:
+        yield output
 
 
 class _Turns:
-    """One conversation: takes sound until a turn ends, then answers it."""
+    """One conversation: cuts the stream into ticks of 80 ms, decides after each, and answers a turn that has ended.
+
+    So neither the replies nor their number depend on how the stream was cut into pieces.
+    """
 
     def __init__(self, model: MinMo, settings: Settings, threshold: float, max_positions: int) -> None:
+        if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+            raise ValueError(f"threshold is a probability in 0 .. 1, got {threshold!r}")
         self._session = Session(model, 1, settings, max_positions)
         self._prefix, self._suffix = self._session.tokenizer.turn(CHAT)
-        self._next_prefix, _ = self._session.tokenizer.turn(CHAT, first=False)
         self._threshold = threshold
-        self._end_ms = 0.0
-        self._taken_at = 0.0
-        self.heard = False
-        self._session.read([self._prefix])
+        self._waiting: Sound = np.zeros(0, np.float32)
+        self._heard = False
+        self._end_ms = self._spent = self._resumed = 0.0
 
-    def take(self, piece: VoiceInput) -> bool:
-        """Hears a piece; whether the predictor decided that the user's turn has ended."""
-        samples = check_sound(piece.audio)
-        self._end_ms, self._taken_at = piece.end_ms, time.perf_counter()
-        self.heard = True
-        decisions = self._hear(samples, final=False)
-        return bool((decisions[0, :, TURN_TAKING] >= self._threshold).any())
+    def take(self, piece: VoiceInput) -> Iterator[VoiceOutput]:
+        """Hears a piece; answers every turn that ends in it."""
+        if not isinstance(piece, VoiceInput):
+            raise ValueError(f"a stream's items must be minmo.VoiceInput, got {type(piece).__name__}")
+        self._begin(piece.end_ms)
+        if len(piece.audio):
+            self._waiting = np.concatenate([self._waiting, check_sound(piece.audio)])
+        while len(self._waiting) >= TICK:
+            tick, self._waiting = self._waiting[:TICK], self._waiting[TICK:]
+            decisions = self._hear(tick, final=False)
+            if bool((decisions[0, :, TURN_TAKING] >= self._threshold).any()):
+                yield from self._answer()
 
-    def answer(self) -> Iterator[VoiceOutput]:
-        self._hear(np.zeros(0, np.float32), final=True)
+    def finish(self) -> Iterator[VoiceOutput]:
+        """The input has ended: answers what is left of it."""
+        self._begin(self._end_ms)
+        if self._heard or len(self._waiting):
+            rest, self._waiting = self._waiting, self._waiting[:0]
+            yield from self._answer(rest)
+
+    def _answer(self, rest: Sound = np.zeros(0, np.float32)) -> Iterator[VoiceOutput]:  # noqa: B008 (never written)
+        self._hear(rest, final=True)
         self._session.read([self._suffix])
         for (piece,) in self._session.answer():
-            ready = self._end_ms + 1e3 * (time.perf_counter() - self._taken_at)
-            yield VoiceOutput(piece.audio, piece.text, ready, piece.done)
-        self._session.read([self._next_prefix])
-        self.heard = False
+            self._spent += time.perf_counter() - self._resumed
+            yield VoiceOutput(piece.audio, piece.text, self._end_ms + 1e3 * self._spent, piece.done)
+            self._resumed = time.perf_counter()
+        self._prefix, _ = self._session.tokenizer.turn(CHAT, first=False)
+        self._heard = False
 
     def _hear(self, samples: Sound, final: bool) -> torch.Tensor:
+        if not self._heard:
+            self._session.read([self._prefix])
+            self._heard = True
         device = self._session.device
         lengths = torch.tensor([len(samples)], dtype=torch.int32, device=device)
         audio = torch.from_numpy(samples)[None].to(device)
         return self._session.hear(audio, lengths, torch.tensor([final], device=device))
+
+    def _begin(self, end_ms: float) -> None:
+        """The clock of the outputs: the end of the newest input, plus the time spent computing since."""
+        if not isinstance(end_ms, (int, float)) or not math.isfinite(end_ms):
+            raise ValueError(f"timestamp_ms must be a finite number of milliseconds, got {end_ms!r}")
+        self._end_ms, self._spent, self._resumed = float(end_ms), 0.0, time.perf_counter()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
 
-from minmo.audio import AudioError
+from minmo.audio import LOUDEST, SUFFIXES, AudioError
 from minmo.conversation.session import TICK, Piece, Session, Settings
 from minmo.conversation.timings import Timings
 from minmo.model import MinMo
@@ -23,7 +24,7 @@ Input = Sound | str
 """A user's turn: spoken (sound) or typed (text)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Reply:
     """An answer. audio: 24 kHz float32, empty where none was asked for. timings are shared by a batch's replies."""
 
@@ -32,6 +33,9 @@ class Reply:
     timings: Timings
     sample_rate: int = 24_000
 
+
+MOST_TYPED = 4096
+"""Longest typed turn, in text tokens."""
 
 OnPieces = Callable[[list[Piece]], None]
 """Called with each round's pieces, one a batch entry, as they come."""
@@ -59,12 +63,11 @@ def talk(
 def transcribe(
     model: MinMo,
     audio: Input | Sequence[Input],
-    settings: Settings = Settings(),  # noqa: B008
+    settings: Settings = Settings(speak=False, temperature=0.0),  # noqa: B008
     **options: Any,
 ) -> Any:
-    """What was said, as text (no sound, greedy): `Reply` or a list of them. Options as `talk`."""
-    settings = replace(settings, speak=False, temperature=0.0)
-    return _turn(model, audio, settings, **{"instruction": TRANSCRIBE, **options})
+    """What was said, as text without sound: `Reply` or a list of them. Greedy by default. Options as `talk`."""
+    return _turn(model, audio, _checked(settings, speak=False), **{"instruction": TRANSCRIBE, **options})
 
 
 def translate(
@@ -99,12 +102,12 @@ def say(
 ) -> Any:
     """Reads text aloud: the reply's text is given, its sound is drawn. `Reply` or a list of them."""
     texts = [text] if isinstance(text, str) else list(text)
-    if not texts or not all(t.strip() for t in texts):
+    if not texts:
         raise ValueError("there is nothing to say: give a text that is not empty")
     tokenizer = _tokenizer(model)
-    forced = [tokenizer.encode(t) for t in texts]
+    forced = [_typed(tokenizer, t) for t in texts]
     longest = max(map(len, forced))
-    settings = replace(settings, speak=True, max_text_tokens=longest)
+    settings = _checked(settings, speak=True, max_text_tokens=longest)
     prefix, suffix = tokenizer.turn(instruction, typed=True)
     prompts = [prefix + ids + suffix for ids in forced]
     session = Session(model, len(texts), settings, max(map(len, prompts)) + longest)
@@ -115,6 +118,10 @@ def say(
 
 def check_sound(samples: Sound) -> Sound:
     """A user's sound as float32, (n,); raises AudioError in one sentence for what cannot be heard."""
+    if isinstance(samples, torch.Tensor):
+        if samples.device.type == "meta":
+            raise AudioError("the sound is a meta tensor, which holds no samples; give real ones")
+        samples = samples.detach().cpu().double().numpy() if samples.is_floating_point() else samples.cpu().numpy()
     samples = np.asarray(samples)
     if samples.ndim != 1 or samples.dtype.kind != "f":
         raise AudioError(
@@ -125,7 +132,10 @@ def check_sound(samples: Sound) -> Sound:
         raise AudioError("the sound is empty; give at least one sample")
     if not np.isfinite(samples).all():
         raise AudioError("the sound holds NaN or infinite samples; repair the recording")
-    return samples.astype(np.float32, copy=False)
+    if (peak := float(np.abs(samples).max())) > LOUDEST:
+        raise AudioError(f"the sound has samples as large as {peak:.3g}; scale them to -1 .. 1")
+    # A copy where PyTorch could not wrap the array: negative strides, memory that must not be written.
+    return np.require(samples, np.float32, ["C", "W", "A"])
 
 
 def _turn(
@@ -136,15 +146,23 @@ def _turn(
     realtime: bool = False,
     on_pieces: OnPieces = lambda pieces: None,
 ) -> Any:
-    single = isinstance(turns, (str, np.ndarray))
+    settings = _checked(settings)
+    single = isinstance(turns, (str, np.ndarray, torch.Tensor))
+    if not single and not isinstance(turns, (list, tuple)):
+        raise ValueError(
+            f"a turn is sound (minmo.load_audio reads a file) or a text, a batch a list of either; got {turns!r:.60}"
+        )
     batch: list[Any] = [turns] if single else list(turns)
     if not batch:
         raise ValueError("the batch is empty; give at least one turn")
+    if not isinstance(instruction, str):
+        raise ValueError(f"instruction must be a text, got {type(instruction).__name__}")
     tokenizer = _tokenizer(model)
     prefixes, suffixes = zip(*(tokenizer.turn(instruction, typed=isinstance(t, str)) for t in batch), strict=True)
-    typed = [tokenizer.encode(t) if isinstance(t, str) else [] for t in batch]
-    if not all(t.strip() for t in batch if isinstance(t, str)):
-        raise ValueError("the typed turn is empty; give it some text")
+    for text in batch:
+        if isinstance(text, str) and len(text.split()) == 1 and PurePath(text).suffix.lower() in SUFFIXES:
+            raise ValueError(f"{text!r:.200} looks like a file name; give its sound: minmo.load_audio({text!r:.200})")
+    typed = [_typed(tokenizer, t) if isinstance(t, str) else [] for t in batch]
     sounds = [np.zeros(0, np.float32) if isinstance(t, str) else check_sound(t) for t in batch]
     content = max(len(ids) - (-len(s) // TICK) for ids, s in zip(typed, sounds, strict=True))
     positions = max(map(len, prefixes)) + content + max(map(len, suffixes)) + settings.max_text_tokens
@@ -182,6 +200,23 @@ def _collect(session: Session, forced: list[list[int]] | None, on_pieces: OnPiec
             sounds[entry].append(piece.audio)
     rate = session.model.config.vocoder.sample_rate
     return [Reply(t, np.concatenate(s), session.timings, rate) for t, s in zip(texts, sounds, strict=True)]
+
+
+def _checked(settings: Settings, **changes: Any) -> Settings:
+    if not isinstance(settings, Settings):
+        raise ValueError(f"settings must be a minmo.Settings, got {type(settings).__name__}")
+    return replace(settings, **changes)
+
+
+def _typed(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """The ids of a text that a person typed. Raises ValueError for one that is empty or too long."""
+    if not isinstance(text, str):
+        raise ValueError(f"a text must be a string, got {type(text).__name__}")
+    if not text.strip():
+        raise ValueError("the text is empty; give it some words")
+    if len(text) > 16 * MOST_TYPED or len(ids := tokenizer.encode(text)) > MOST_TYPED:
+        raise ValueError(f"the text of {len(text)} characters is longer than {MOST_TYPED} tokens; cut it into pieces")
+    return ids
 
 
 def _tokenizer(model: MinMo) -> TextTokenizer:

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 import minmo_kernels as mk
 from minmo.config import BackboneConfig
-from minmo.state import KVCache, Lengths, State, active_lengths, all_rows, full_lengths, kv_cache, masked
+from minmo.state import (
+    KVCache,
+    Lengths,
+    State,
+    active_lengths,
+    advanced,
+    all_rows,
+    check_lengths,
+    full_lengths,
+    kv_cache,
+    masked,
+)
 
 INITIAL_STD = 0.02
 """Standard deviation of untrained weights."""
@@ -32,7 +43,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return mk.rms_norm(x, self.weight, eps=self.eps)
+        return mk.rms_norm(x, self.weight.to(x.dtype), eps=self.eps)
 
 
 class DecoderLayer(nn.Module):
@@ -56,7 +67,7 @@ class DecoderLayer(nn.Module):
         self,
         x: Tensor,
         lengths: Lengths,
-        cache: KVCache,
+        cache: KVCache | None,
         rows: Tensor,
         starts: Tensor,
         ends: Tensor,
@@ -66,13 +77,16 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """x (batch, T, dim), zeros beyond `lengths` (batch,) -> (batch, T, dim), zeros there too.
 
-        cache: the session's keys and values, written in place. starts, ends (sessions,) int32: positions in each cache
-        before and after this call. window > 0: a position sees the last `window` positions, its own included. ring:
-        position p lies in slot p % capacity (needs a window).
+        cache: the session's keys and values, written in place; None in one shot. starts, ends (sessions,)
+        int32: positions in each cache before and after this call. window > 0: a position sees the last `window`
+        positions, its own included. ring: position p lies in slot p % capacity (needs a window).
         """
         config = self.config
+        qkv = self.qkv(self.input_norm(x))
+        if cache is None:  # of this layer alone, so that autograd keeps it, and in qkv's dtype, which autocast chooses
+            cache = layer_cache(config, len(x), x.shape[1], qkv)
         q = mk.append_kv(
-            self.qkv(self.input_norm(x)), None, cache.k, cache.v, rows, starts, lengths,
+            qkv, None, cache.k, cache.v, rows, starts, lengths,
             heads=config.heads, kv_heads=config.kv_heads, rope_theta=config.rope_theta, ring=ring,
         )  # fmt: skip
         seen = mk.streaming_attention(q, cache.k, cache.v, rows, ends, lengths, window=window, ring=ring)
@@ -129,15 +143,13 @@ class Backbone(nn.Module):
     def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
         """One shot: embeddings (batch, T, dim) -> hidden states after the final norm, same shape, zeros beyond."""
         lengths = full_lengths(x) if lengths is None else lengths
-        self._check_input(x)
+        self._check_input(x, lengths)
         if x.numel() == 0:
             return x
-        batch, size, _ = x.shape
         x = masked(x, lengths)
-        rows, starts = all_rows(batch, x.device), torch.zeros_like(lengths)
+        rows, starts = all_rows(len(x), x.device), torch.zeros_like(lengths)
         for layer in self.layers:
-            # A fresh cache a layer: with gradients, autograd keeps it as that layer's keys and values.
-            x = layer(x, lengths, layer_cache(self.config, batch, size, x), rows, starts, lengths)
+            x = layer(x, lengths, None, rows, starts, lengths)
         return self.norm(x)
 
     def initial_state(self, sessions: int, capacity: int) -> BackboneState:
@@ -156,12 +168,10 @@ class Backbone(nn.Module):
         Every position comes out at once, so `final` has nothing to flush. Raises ValueError, with the state unchanged,
         where a session would outgrow its capacity or a length exceeds T.
         """
-        self._check_input(x)
         lengths = active_lengths(x_lengths, rows)
+        self._check_input(x, lengths)
         if x.numel() == 0:
             return x, lengths, state
-        if (longest := int(lengths.max())) > x.shape[1]:
-            raise ValueError(f"x_lengths names {longest} positions, but x holds {x.shape[1]}")
         ends = advanced(state.lengths, rows, lengths)
         if (needed := int(ends.max())) > state.capacity:
             raise ValueError(
@@ -175,14 +185,10 @@ class Backbone(nn.Module):
         state.lengths.copy_(ends)
         return F.pad(self.norm(x), [0, 0, 0, size - x.shape[1]]), lengths, state
 
-    def _check_input(self, x: Tensor) -> None:
+    def _check_input(self, x: Tensor, lengths: Lengths) -> None:
         if x.dim() != 3 or x.shape[2] != self.config.dim:
             raise ValueError(f"x must have the shape (batch, T, {self.config.dim}), got {tuple(x.shape)}")
-
-
-def advanced(lengths: Tensor, rows: Tensor, counts: Lengths) -> Tensor:
-    """lengths (sessions,) plus each entry's count (0 for padding entries), as a new tensor."""
-    return lengths.index_add(0, rows.clamp(min=0).long(), counts)
+        check_lengths(x, lengths)
 
 
 def initialise(module: nn.Module) -> None:

@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from minmo.config import DuplexConfig
-from minmo.modules.backbone import DecoderLayer, advanced, initialise, layer_cache
-from minmo.state import KVCache, Lengths, State, active_lengths, all_rows, full_lengths, masked
+from minmo.modules.backbone import DecoderLayer, initialise, layer_cache
+from minmo.state import (
+    KVCache,
+    Lengths,
+    State,
+    active_lengths,
+    advanced,
+    all_rows,
+    check_lengths,
+    full_lengths,
+    masked,
+)
 
 TURN_TAKING, BARGE_IN = 0, 1
 """Places of the two decisions in the logits' third axis: "answer the user now", "stop speaking and listen"."""
@@ -46,13 +56,12 @@ class DuplexPredictor(nn.Module):
     def forward(self, hidden: Tensor, lengths: Lengths | None = None) -> Tensor:
         """One shot -> logits (batch, T, 2, 2), indexed by TURN_TAKING and BARGE_IN; zeros beyond the lengths."""
         lengths = full_lengths(hidden) if lengths is None else lengths
-        self._check_input(hidden)
+        self._check_input(hidden, lengths)
         if hidden.numel() == 0:
             return hidden.new_zeros((*hidden.shape[:2], 2, 2))
         x = self.down(masked(hidden, lengths))
-        cache = layer_cache(self.config.layer, x.shape[0], x.shape[1], x)
         rows = all_rows(x.shape[0], x.device)
-        x = self.layer(x, lengths, cache, rows, torch.zeros_like(lengths), lengths, window=self.config.window)
+        x = self.layer(x, lengths, None, rows, torch.zeros_like(lengths), lengths, window=self.config.window)
         return self._decide(x, lengths)
 
     def initial_state(self, sessions: int) -> DuplexState:
@@ -70,12 +79,10 @@ class DuplexPredictor(nn.Module):
         Every position is decided at once, so `final` has nothing to flush. Raises ValueError, with the state unchanged,
         where a length exceeds T.
         """
-        self._check_input(hidden)
         lengths = active_lengths(x_lengths, rows)
+        self._check_input(hidden, lengths)
         if hidden.numel() == 0:
             return hidden.new_zeros((*hidden.shape[:2], 2, 2)), lengths, state
-        if (longest := int(lengths.max())) > hidden.shape[1]:
-            raise ValueError(f"x_lengths names {longest} positions, but hidden holds {hidden.shape[1]}")
         pieces = []
         for offset, piece in enumerate(self.down(masked(hidden, lengths)).split(PIECE, dim=1)):
             counts = (lengths - offset * PIECE).clamp(min=0, max=piece.shape[1])
@@ -89,6 +96,7 @@ class DuplexPredictor(nn.Module):
     def _decide(self, x: Tensor, lengths: Lengths) -> Tensor:
         return masked(torch.stack([self.turn_taking(x), self.barge_in(x)], dim=2), lengths)
 
-    def _check_input(self, hidden: Tensor) -> None:
+    def _check_input(self, hidden: Tensor, lengths: Lengths) -> None:
         if hidden.dim() != 3 or hidden.shape[2] != self.config.input_dim:
             raise ValueError(f"hidden must be (batch, T, {self.config.input_dim}), got {tuple(hidden.shape)}")
+        check_lengths(hidden, lengths)

@@ -24,15 +24,16 @@ from torch import Tensor, nn
 
 import minmo_kernels as mk
 from minmo.config import EncoderConfig
-from minmo.modules.backbone import advanced
 from minmo.state import (
     Buffer,
     KVCache,
     Lengths,
     State,
     active_lengths,
+    advanced,
     all_rows,
     buffer,
+    check_lengths,
     kv_cache,
     masked,
     read_rows,
@@ -104,7 +105,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         counts: Lengths,
-        cache: KVCache,
+        cache: KVCache | None,
         carry: Tensor | None,
         rows: Tensor,
         starts: Tensor,
@@ -114,19 +115,21 @@ class Block(nn.Module):
         """x (batch, T, dim), `counts` (batch,) of them valid -> (batch, T, dim).
 
         starts, ends (sessions,) int32: frames in each session's cache before and after this call. carry: the FSMN's
-        memory in the session form, written in place like the cache; None where an utterance starts and ends here.
+        memory in the session form, written in place like the cache; both None where an utterance starts and ends here.
         """
         qkv = self.qkv(self.attention_norm(x))
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
+        if cache is None:
+            cache = kv_cache(len(x), x.shape[1], self.heads, x.shape[2] // self.heads, qkv)
         q = mk.append_kv(
             qkv, bias, cache.k, cache.v, rows, starts, counts,
             heads=self.heads, kv_heads=self.heads, rope_theta=self.rope_theta, ring=view.ring,
         )  # fmt: skip
         seen = mk.streaming_attention(q, cache.k, cache.v, rows, ends, counts, **view.attention)
-        value = qkv[..., 2 * x.shape[-1] :] + self.v_bias
+        value = qkv[..., 2 * x.shape[-1] :] + self.v_bias.to(qkv.dtype)
         left = self.fsmn.shape[2] // 2
-        taps, right = (self.fsmn[..., : left + 1], 0) if view.chunk else (self.fsmn, left)
-        x = x + self.out(seen.flatten(2)) + mk.fsmn(value, taps, carry, rows, counts, right=right)
+        taps, right = (self.fsmn[..., : left + 1].contiguous(), 0) if view.chunk else (self.fsmn, left)
+        x = x + self.out(seen.flatten(2)) + mk.fsmn(value, taps.to(value.dtype), carry, rows, counts, right=right)
         return x + self.down(F.gelu(self.up(self.mlp_norm(x))))
 
 
@@ -162,7 +165,7 @@ class Encoder(nn.Module):
         x, counts = self._convolve(F.pad(mel, [0, 0, 1, 0]), lengths, None, rows)
         view = View(chunk, self.config.left_context // chunk if chunk else 0)
         for block in self.blocks:
-            x = block(x, counts, self._cache(batch, x.shape[1], x), None, rows, starts, counts, view)
+            x = block(x, counts, None, None, rows, starts, counts, view)
         return masked(self.norm(x), counts), counts
 
     def initial_state(self, sessions: int) -> EncoderState:
@@ -237,14 +240,6 @@ class Encoder(nn.Module):
 def _strided(conv: nn.Conv1d, x: Tensor) -> Tensor:
     """GELU of a convolution whose left padding is already in x (batch, items, channels)."""
     return F.gelu(F.conv1d(x.transpose(1, 2), conv.weight, conv.bias, stride=2)).transpose(1, 2)
-
-
-def check_lengths(x: Tensor, lengths: Lengths) -> None:
-    """Raises ValueError where a length exceeds the items of x (batch, items, ...); on a CPU, where looking is free."""
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(f"lengths must have the shape ({x.shape[0]},), one for each entry, got {tuple(lengths.shape)}")
-    if lengths.device.type == "cpu" and bool((lengths > x.shape[1]).any()):
-        raise ValueError(f"a length names {int(lengths.max())} items, but the input holds {x.shape[1]}")
 
 
 def pieces(items: int, unit: int, most: int) -> Iterator[tuple[int, int]]:

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 
 import minmo_kernels as mk
 from minmo.config import ProjectorConfig
-from minmo.modules.backbone import advanced
-from minmo.modules.encoder import check_lengths, nobody, pieces
+from minmo.modules.encoder import nobody, pieces
 from minmo.state import (
     Buffer,
     KVCache,
     Lengths,
     State,
     active_lengths,
+    advanced,
     all_rows,
     buffer,
+    check_lengths,
     kv_cache,
     masked,
     read_rows,
@@ -69,7 +70,7 @@ class Layer(nn.Module):
         self,
         x: Tensor,
         counts: Lengths,
-        cache: KVCache,
+        cache: KVCache | None,
         rows: Tensor,
         starts: Tensor,
         ends: Tensor,
@@ -79,11 +80,14 @@ class Layer(nn.Module):
     ) -> Tensor:
         """x (batch, T, dim), `counts` (batch,) of them valid -> (batch, T, dim).
 
-        starts, ends (sessions,) int32: positions in each session's cache before and after this call. window: positions
-        that one sees, its own included; 0 = all, later ones too.
+        starts, ends (sessions,) int32: positions in each session's cache before and after this call; cache: None in one
+        shot. window: positions that one sees, its own included; 0 = all, later ones too.
         """
+        qkv = self.qkv(self.attention_norm(x))
+        if cache is None:
+            cache = kv_cache(len(x), x.shape[1], self.heads, x.shape[2] // self.heads, qkv)
         q = mk.append_kv(
-            self.qkv(self.attention_norm(x)), None, cache.k, cache.v, rows, starts, counts,
+            qkv, None, cache.k, cache.v, rows, starts, counts,
             heads=self.heads, kv_heads=self.heads, rope=False, ring=ring,
         )  # fmt: skip
         mask = "causal" if window else "full"
@@ -117,7 +121,7 @@ class Projector(nn.Module):
         rows, starts = all_rows(batch, x.device), torch.zeros_like(lengths)
         window = self.config.left_context + 1 if causal else 0
         for layer in self.layers:
-            x = layer(x, counts, self._cache(batch, x.shape[1], x), rows, starts, counts, window=window)
+            x = layer(x, counts, None, rows, starts, counts, window=window)
         return masked(x, counts), counts
 
     def initial_state(self, sessions: int) -> ProjectorState:

@@ -412,11 +412,12 @@ class VoiceDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`mk.mix_semantic_speech` with this decoder's weights and ids."""
         config = self.config
+        hidden, embedding = (part.to(self.output_projector.weight.dtype) for part in vectors)
         return mk.mix_semantic_speech(
-            *vectors, self.output_projector.weight, self.output_projector.bias, speech, self.speech_embedding.weight,
-            self.markers.weight, rows, query_lengths, text_lengths, speech_lengths, starts, vector_starts,
-            speech_starts, bistream, slots=slots, fill=config.fill, end_of_speech=config.end_of_speech,
-            semantic_block=config.semantic_block, speech_block=config.speech_block,
+            hidden, embedding, self.output_projector.weight, self.output_projector.bias, speech,
+            self.speech_embedding.weight, self.markers.weight, rows, query_lengths, text_lengths,
+            speech_lengths, starts, vector_starts, speech_starts, bistream, slots=slots, fill=config.fill,
+            end_of_speech=config.end_of_speech, semantic_block=config.semantic_block, speech_block=config.speech_block,
             hidden_first=config.order.startswith("hidden"), start_marker=config.start_marker,
             turn_marker=config.turn_of_speech_marker,
         )  # fmt: skip

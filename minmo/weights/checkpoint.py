@@ -52,6 +52,11 @@ def load(
     tokenizer = folder / "tokenizer.json"
     if tokenizer.is_file():
         model.tokenizer = TextTokenizer.from_file(tokenizer)
+        if model.tokenizer.size > config.llm.vocab:
+            raise CheckpointError(
+                f"{tokenizer} has {model.tokenizer.size} ids, but the LLM's vocabulary (llm.vocab in config.json) "
+                f"holds {config.llm.vocab}; use the files of one model"
+            )
     return model.requires_grad_(False).eval()
 
 
@@ -61,7 +66,7 @@ def save(model: MinMo, directory: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / _WEIGHTS)
-    (folder / "config.json").write_text(model.config.to_json())
+    (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
     if model.tokenizer is not None:
         model.tokenizer.save(folder / "tokenizer.json")
 
@@ -84,8 +89,8 @@ def _random(config: MinMoConfig, device: torch.device, dtype: torch.dtype) -> Mi
             f"random weights for {config.name} take {need / 1e9:.1f} GB and this machine has {have / 1e9:.1f} GB; "
             'use device="meta" to inspect it, or give a checkpoint directory'
         )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(RANDOM_SEED)
+    with torch.random.fork_rng(devices=[]):  # the CPU's generator alone, which is what draws here
+        torch.default_generator.manual_seed(RANDOM_SEED)
         model = MinMo(config)
     model.provenance = f"random weights (seed {RANDOM_SEED})"
     return model.to(device, dtype)
@@ -106,9 +111,21 @@ def _read(path: Path, shapes: dict[str, torch.Size], device: torch.device, dtype
                     raise CheckpointError(
                         f"{path}: {name!r} has the shape {tuple(shape)}, the configuration wants {tuple(shapes[name])}"
                     )
-            return {name: file.get_tensor(name).to(dtype) for name in shapes}
+            return {name: _usable(path, name, file.get_tensor(name), dtype) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def _usable(path: Path, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    """A stored tensor as a weight."""
+    if stored.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise CheckpointError(f"{path}: {name!r} is {stored.dtype}; weights are float32, bfloat16 or float16")
+    tensor = stored.to(dtype)
+    if not bool(tensor.isfinite().all()):
+        raise CheckpointError(
+            f"{path}: {name!r} holds NaN or infinite numbers as {str(dtype).removeprefix('torch.')}; export it again"
+        )
+    return tensor
 
 
 def _device(device: str | torch.device | None) -> torch.device:
@@ -116,10 +133,14 @@ def _device(device: str | torch.device | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         raise CheckpointError(f"device must be cpu, cuda, cuda:N or meta, got {device!r}") from None
+    if chosen.type not in ("cpu", "cuda", "meta"):
+        raise CheckpointError(f"device must be cpu, cuda, cuda:N or meta, got {device!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise CheckpointError(f"device {device!r} was asked for, but PyTorch sees no GPU; use cpu")
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise CheckpointError(f"device {device!r} was asked for, but PyTorch sees {torch.cuda.device_count()} GPUs")
     return chosen
 
 

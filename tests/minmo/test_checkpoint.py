@@ -1,10 +1,13 @@
 """Checkpoints: a bit-exact round trip, and one clear sentence for each way a file can be wrong."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import minmo
+from minmo.config import load_config
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +75,53 @@ def test_random_weights_are_the_same_each_time():
     a, b = minmo.load("nano"), minmo.load("nano")
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
     assert "random weights" in a.provenance
+
+
+@pytest.mark.parametrize(
+    "section,field,value",
+    [
+        ("encoder", "heads", 0),
+        ("encoder", "blocks", 10**9),
+        ("llm", "ffn", -1),
+        ("llm", "norm_eps", -1.0),
+        ("flow", "steps", 0),
+        ("flow", "steps", 10**30),
+        ("flow", "guidance", float("nan")),
+        ("duplex", "window", 10**9),
+        ("frontend", "hop", 80),
+        ("voice_decoder", "semantic_block", 0),
+        ("vocoder", "upsample_rates", []),
+        ("vocoder", "sample_rate", 16_000),
+        ("speech_tokenizer", "levels", [3, 3]),
+    ],
+)
+def test_a_hostile_config_is_refused_by_name(tmp_path, section, field, value):
+    config = json.loads(minmo.load("nano", device="meta").config.to_json())
+    config[section][field] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json.*({field}|{section})"):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"\xff\xfe{\x00", b"1" * 5000, b'{"name": "a\\nb"}'])
+def test_a_broken_config_is_one_sentence(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="config.json") as error:
+        load_config(tmp_path)
+    assert len(str(error.value)) < 400
+
+
+def test_weights_that_are_no_numbers_are_refused(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for bad in (torch.full_like(tensors["speaker"], float("nan")), tensors["speaker"].to(torch.int8)):
+        save_file({**tensors, "speaker": bad}, path)
+        with pytest.raises(minmo.CheckpointError, match="'speaker' (holds NaN|is torch.int8)"):
+            minmo.load(folder)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("device", ["meta:x", "xpu", "mps", 1.5, "hpu"])
+def test_devices_that_are_not_served(device):
+    with pytest.raises(minmo.CheckpointError, match="device must be"):
+        minmo.load("nano", device=device)

@@ -75,12 +75,17 @@ def bad(tmp_path):
             soundfile.write(path, np.zeros(8_000 * 7_200, np.int16), 8_000, subtype="PCM_U8")
         elif kind == "folder":
             path.mkdir()
+        elif kind == "cut":
+            soundfile.write(path, np.zeros(8_000, np.float32), 16_000)
+            path.write_bytes(path.read_bytes()[:5_000])
+        elif kind == "n" * 300:
+            return path
         return path
 
     return make
 
 
-@pytest.mark.parametrize("kind", ["empty", "nan", "text", "nothing", "long", "folder", "missing"])
+@pytest.mark.parametrize("kind", ["empty", "nan", "text", "nothing", "long", "folder", "missing", "cut", "n" * 300])
 def test_what_cannot_be_heard_is_one_sentence_and_exit_code_2(minmo, bad, tmp_path, kind):
     shown = minmo("talk", bad(kind), "-o", tmp_path / "out.wav", expect=2)
     lines = [line for line in shown.err.splitlines() if line.strip()]
@@ -94,7 +99,24 @@ def test_other_misuse_is_exit_code_2(minmo, tmp_path):
     assert "dtype" in minmo("talk", QUESTION, "--dtype", "int3", expect=2).err
     assert "temperature" in minmo("talk", QUESTION, "--temperature", "-1", expect=2).err
     assert "empty" in minmo("say", "  ", "-o", tmp_path / "x.wav", expect=2).err
+    assert "shapes only" in minmo("talk", QUESTION, "--device", "meta", expect=2).err
+    assert "device" in minmo("talk", QUESTION, "--device", "xpu", expect=2).err
+    assert "Missing argument" in minmo("talk", expect=2).err
+    assert "seed" in minmo("ask", "a", "--seed", "x", expect=2).err
+    assert "cannot be written" in minmo("talk", QUESTION, "-o", "/proc/x.wav", expect=2).err
+    (tmp_path / "same.wav").write_bytes(QUESTION.read_bytes())
+    assert "is the input" in minmo("talk", tmp_path / "same.wav", "-o", tmp_path / "same.wav", expect=2).err
     assert "out.xyz" in minmo("talk", QUESTION, "-o", tmp_path / "out.xyz", expect=2).err
+
+
+def test_help_and_no_arguments_are_no_error(minmo):
+    assert "transcribe" in minmo().out and "transcribe" in minmo("--help").out
+
+
+def test_names_are_never_read_as_markup(minmo, tmp_path):
+    place = tmp_path / "x [live].wav"
+    assert "x [live].wav" in minmo("say", "one", "-o", place).out.replace("\n", "")
+    assert place.exists()
 
 
 def test_it_runs_as_a_program_and_never_asks_the_network(tmp_path):

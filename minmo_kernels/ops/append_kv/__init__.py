@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, Request, check, check_tensor
+from minmo_kernels.dispatch import Op, Request, check, check_counts, check_tensor
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.append_kv.reference import reference
 
@@ -48,6 +48,7 @@ def append_kv(
         check_tensor(name, "bias", bias, "packed", qkv.device, qkv.dtype)
     if q_lengths is not None:
         check_tensor(name, "q_lengths", q_lengths, "batch", qkv.device, torch.int32)
+        check_counts(name, "q_lengths", q_lengths, len(qkv), qkv.shape[1])
     capacity, dim = k_cache.shape[1], k_cache.shape[3]
     packed = (heads + 2 * kv_heads) * dim
     check(k_cache.shape == v_cache.shape, lambda: f"{name}: k_cache and v_cache differ in shape")

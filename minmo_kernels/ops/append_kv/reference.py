@@ -28,8 +28,8 @@ def reference(
     step = torch.arange(items, device=qkv.device)
     exists = (step < count[:, None]) & (rows >= 0)[:, None]
     position = lengths[rows.clamp(min=0).long()][:, None] + step
-    if not ring and (position * exists).amax().item() >= capacity:
-        raise ValueError(f"append_kv: position {(position * exists).amax().item()} does not fit a cache of {capacity}")
+    if qkv.is_cpu and not ring and bool((exists & (position >= capacity)).any()):
+        raise ValueError(f"append_kv: position {int(position[exists].max())} does not fit a cache of {capacity}")
 
     packed = torch.where(exists[:, :, None], qkv, 0.0).to(compute_dtype(qkv.dtype))
     if bias is not None:
@@ -46,10 +46,13 @@ def reference(
 
 
 def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary embedding, half-split pairs. x (batch, T, heads, dim), position (batch, T)."""
+    """Rotary embedding, half-split pairs. x (batch, T, heads, dim), position (batch, T).
+
+    The angle is computed in fp64: in fp32 it would be off by position x 6e-8, which grows with a conversation.
+    """
     half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=x.dtype) / half)
-    angle = (position.to(x.dtype)[..., None] * frequency)[:, :, None]
-    cos, sin = torch.cos(angle), torch.sin(angle)
+    frequency = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = (position.double()[..., None] * frequency)[:, :, None]
+    cos, sin = torch.cos(angle).to(x.dtype), torch.sin(angle).to(x.dtype)
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -37,7 +37,7 @@ def make(case: Case) -> dict[str, Any]:
     heads, kv_heads = case["heads"]
     batch, items, capacity, dim = case["batch"], case["items"], case["capacity"], case["dim"]
     sessions, packed = batch + 1, (heads + 2 * kv_heads) * dim
-    longest = 3 * capacity if case["ring"] else capacity - items
+    longest = 1_000_000 if case["ring"] else capacity - items
     lengths = torch.randint(0, longest + 1, (sessions,), generator=g, dtype=torch.int32)
     q_lengths = torch.randint(0, items + 1, (batch,), generator=g, dtype=torch.int32)
     qkv = normal(g, batch, items, packed, dtype=case["dtype"])
@@ -145,11 +145,6 @@ def flops(case: Case) -> int:
     return 4 * case["batch"] * case["items"] * (heads + 2 * kv_heads) * case["dim"]
 
 
-def _slack(case: Case) -> float:
-    """An angle of p radians is rounded to p * 2^-24 in fp32."""
-    return 3 * case["capacity"] * 2.0**-22
-
-
 SPEC = OpSpec(
     name="append_kv",
     function=append_kv,
@@ -161,6 +156,5 @@ SPEC = OpSpec(
     flops=flops,
     mutates=("k_cache", "v_cache"),
     batched=("qkv", "rows", "q_lengths"),
-    slack=_slack,
     invariants={"append then attend": _append_then_attend},
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import Op, check, check_counts, check_tensor
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.fsmn.reference import reference
 
@@ -34,11 +34,8 @@ def fsmn(v: Tensor, weight: Tensor, carry: Tensor | None, rows: Tensor, lengths:
     check(items >= 1, lambda: f"{name}: v has no items; give at least one and say with lengths which are valid")
     check(weight.shape[:2] == (dim, 1), lambda: f"{name}: weight must be ({dim}, 1, k), got {tuple(weight.shape)}")
     check(0 <= right < taps, lambda: f"{name}: right must be in 0 .. {taps - 1}, got {right}")
-    for label, tensor in (("rows", rows), ("lengths", lengths)):
-        check(
-            tensor.shape[0] == batch,
-            lambda label=label, tensor=tensor: f"{name}: {label} has {tensor.shape[0]} entries, v {batch}",
-        )
+    check(len(rows) == batch, lambda: f"{name}: rows has {len(rows)} entries, v {batch}")
+    check_counts(name, "lengths", lengths, batch, items)
     if carry is not None:
         check_tensor(name, "carry", carry, "sessions left dim", v.device, v.dtype)
         check(

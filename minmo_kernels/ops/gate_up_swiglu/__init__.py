@@ -18,7 +18,8 @@ def gate_up_swiglu(
 
     Shapes: x (batch, dim); norm_weight (dim,); weight (2 ffn, dim), row 2i = gate i, row 2i + 1 = up i, or int8
     with weight_scale (2 ffn,) fp32; rows (batch,) int32, -1 = padding. Returns (batch, ffn) in x's dtype, zeros for
-    padding entries. Raises ValueError for shapes, dtypes or devices that do not fit. Source: Shazeer, 2020 (arXiv 2002.05202).
+    padding entries. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Source: Shazeer, 2020 (arXiv 2002.05202).
     """
     name = "gate_up_swiglu"
     check_tensor(name, "x", x, "batch dim", x.device)

@@ -54,7 +54,7 @@ def check_scale(op: str, weight: Tensor, scale: Tensor | None) -> None:
 
 
 def rows_bucket(batch: int) -> int:
-    """What the choice of a backend may know of the batch: its bucket, or MOST_ROWS + 1 for more than the kernels take."""
+    """What the choice of a backend may know of the batch: its bucket, MOST_ROWS + 1 beyond the kernels' largest."""
     return bucket_of(batch) if batch <= MOST_ROWS else MOST_ROWS + 1
 
 

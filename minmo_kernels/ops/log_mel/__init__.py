@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, Request, check, check_tensor
+from minmo_kernels.dispatch import Op, Request, check, check_counts, check_tensor
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.log_mel.filters import mel_filters
 from minmo_kernels.ops.log_mel.reference import reference
@@ -53,11 +53,8 @@ def log_mel(
     check_tensor(name, "filters", filters, "n_mels bins", audio.device)
     check_tensor(name, "window", window, "n_fft", audio.device)
     n_fft = window.shape[0]
-    for label, tensor in (("lengths", lengths), ("rows", rows)):
-        check(
-            len(tensor) == len(audio),
-            lambda label=label, tensor=tensor: f"{name}: {label} has {len(tensor)} entries, audio {len(audio)}",
-        )
+    check(len(rows) == len(audio), lambda: f"{name}: rows has {len(rows)} entries, audio {len(audio)}")
+    check_counts(name, "lengths", lengths, len(audio), audio.shape[1])
     check(
         filters.shape[1] == n_fft // 2 + 1,
         lambda: f"{name}: filters have {filters.shape[1]} bins, but a window of {n_fft} gives {n_fft // 2 + 1}",

@@ -24,8 +24,8 @@ def merge_linear_residual(
 
     Shapes: partials (batch, n, heads, head_dim) fp32 and lse (batch, n, heads) fp32, as `streaming_attention` with
     `partials=n` gives them for one query (its T axis taken away); a part with lse -inf saw nothing and is not read;
-    weight (dim_out, heads head_dim), or int8 with weight_scale (dim_out,) fp32; residual (batch, dim_out); rows (batch,)
-    int32, -1 = padding.
+    weight (dim_out, heads head_dim), or int8 with weight_scale (dim_out,) fp32; residual (batch, dim_out); rows
+    (batch,) int32, -1 = padding.
 
     Returns (batch, dim_out) in residual's dtype, zeros for padding entries. Raises ValueError for shapes, dtypes or
     devices that do not fit.

@@ -38,7 +38,7 @@ def make(case: Case) -> dict[str, Any]:
     heads, kv_heads = case["heads"]
     batch, capacity, dim, dtype = case["batch"], case["capacity"], case["dim"], case["dtype"]
     sessions, packed = batch + 1, (heads + 2 * kv_heads) * case["head_dim"]
-    longest = 3 * capacity if case["ring"] else capacity - 1
+    longest = 1_000_000 if case["ring"] else capacity - 1
     cache = (sessions, capacity, kv_heads, case["head_dim"])
     rows = random_rows(g, batch, sessions)
     return {
@@ -142,11 +142,6 @@ def flops(case: Case) -> int:
     return 2 * case["batch"] * case["dim"] * _packed(case)
 
 
-def _slack(case: Case) -> float:
-    """An angle of p radians is rounded to p * 2^-24 in fp32."""
-    return 3 * case["capacity"] * 2.0**-22
-
-
 SPEC = OpSpec(
     name="rms_norm_qkv_rope_append",
     function=rms_norm_qkv_rope_append,
@@ -158,6 +153,5 @@ SPEC = OpSpec(
     flops=flops,
     mutates=("k_cache", "v_cache"),
     batched=("x", "rows"),
-    slack=_slack,
     invariants={"equals its parts": _equals_its_parts},
 )

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import Op, check, check_counts, check_tensor, looks_at_values
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.append_kv import refuses_head_dim
 from minmo_kernels.ops.streaming_attention import backends
-from minmo_kernels.ops.streaming_attention.reference import reference
+from minmo_kernels.ops.streaming_attention.reference import first_visible, reference
 
 MASKS = ("full", "causal", "chunk")
 
@@ -42,8 +42,8 @@ def streaming_attention(
     of entry b has the absolute position lengths[rows[b]] - q_lengths[b] + t.
 
     Caches: position p lies in slot p, or with `ring` in slot p % capacity (the last `capacity` positions exist; a
-    bounded mask is then required, and capacity must hold what the mask can see). One shot: the sequence's own keys and
-    values are the cache.
+    bounded mask is then required, and capacity must hold all that the call's queries see). One shot: the sequence's
+    own keys and values are the cache.
 
     Masks: "full", every position; "causal", key <= query (bottom-right), within the last `window` positions where
     window > 0 (the query's own counts); "chunk", with c(p) = (p + chunk_offset) // chunk: c(key) <= c(query), and
@@ -55,7 +55,8 @@ def streaming_attention(
     disjoint ranges of slots, cut where the backend likes: out (batch, n, T, heads, dim) fp32 and lse
     (batch, n, T, heads), always both.
 
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for lengths that the cache or T cannot
+    hold, and for a ring that no longer holds what a query sees.
     """
     name = "streaming_attention"
     check_tensor(name, "q", q, "batch T heads dim", q.device)
@@ -72,6 +73,7 @@ def streaming_attention(
     check(lengths.shape[0] == sessions, lambda: f"{name}: lengths has {lengths.shape[0]} rows for {sessions} sessions")
     if q_lengths is not None:
         check_tensor(name, "q_lengths", q_lengths, "batch", q.device, torch.int32)
+        check_counts(name, "q_lengths", q_lengths, batch, queries)
     check(mask in MASKS, lambda: f"{name}: mask must be one of {', '.join(MASKS)}, got {mask!r}")
     check((mask == "chunk") == (chunk > 0), lambda: f"{name}: chunk must be > 0 with mask 'chunk' and 0 otherwise")
     check(window == 0 or mask == "causal", lambda: f"{name}: window goes with mask 'causal'")
@@ -82,11 +84,51 @@ def streaming_attention(
             capacity >= seen + queries,
             lambda: f"{name}: a ring of {capacity} cannot hold {seen} positions of context and {queries} new ones",
         )
+    if looks_at_values(q):
+        check_on_host(rows, lengths, q_lengths, queries, capacity, mask, window, chunk, left_chunks, chunk_offset, ring)
     out, lse = OP(
         q, k_cache, v_cache, rows, lengths, q_lengths, mask, window, chunk, left_chunks, chunk_offset, ring,
         dim**-0.5 if scale is None else scale, partials, return_lse or partials > 0,
     )  # fmt: skip
     return (out, lse) if return_lse or partials > 0 else out
+
+
+def check_on_host(
+    rows: Tensor,
+    lengths: Tensor,
+    q_lengths: Tensor | None,
+    queries: int,
+    capacity: int,
+    mask: str,
+    window: int,
+    chunk: int,
+    left_chunks: int,
+    chunk_offset: int,
+    ring: bool,
+) -> None:
+    """What shapes do not say: each active entry's lengths against T and the cache."""
+    name = "streaming_attention"
+    for entry, row in enumerate(rows.tolist()):
+        if row < 0:
+            continue
+        check(row < len(lengths), lambda row=row: f"{name}: rows names session {row} of {len(lengths)}")
+        end, count = int(lengths[row]), queries if q_lengths is None else int(q_lengths[entry])
+        check(
+            0 <= count <= min(queries, end),
+            lambda n=count, e=end: f"{name}: q_lengths of {n} does not fit T = {queries} and {e} positions",
+        )
+        check(
+            ring or end <= capacity,
+            lambda e=end: f"{name}: a length of {e} exceeds the linear cache's {capacity} slots",
+        )
+        if ring and count:
+            start = first_visible(end - count, mask, window, chunk, left_chunks, chunk_offset)
+            check(
+                start >= end - capacity,
+                lambda s=start, e=end: (
+                    f"{name}: a query sees position {s}, but a ring of {capacity} holds {e - capacity} .. {e - 1} only"
+                ),
+            )
 
 
 def _fake(q, k_cache, v_cache, rows, lengths, q_lengths, mask, window, chunk, left_chunks, chunk_offset, ring, scale,

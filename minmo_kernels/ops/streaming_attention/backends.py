@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minmo_kernels.dispatch import Backend, Request
-from minmo_kernels.ops.streaming_attention.reference import visible
+from minmo_kernels.ops.streaming_attention.reference import first_visible, visible
 
 
 def _refuses(request: Request) -> str | None:
@@ -49,7 +49,7 @@ def _run(
         if row >= 0 and count > 0:
             end = ends[row]
             first = end - count
-            start = _first_visible(first, mask, window, chunk, left_chunks, chunk_offset)
+            start = first_visible(first, mask, window, chunk, left_chunks, chunk_offset)
             if ring:
                 start = max(start, end - capacity)
                 slots = torch.arange(start, end) % capacity
@@ -71,15 +71,6 @@ def _run(
             out = F.pad(result[0].transpose(0, 1), [0, 0, 0, 0, 0, queries - count])
         outs.append(out)
     return torch.stack(outs), q.new_empty(0, dtype=torch.float32)
-
-
-def _first_visible(query: int, mask: str, window: int, chunk: int, left_chunks: int, chunk_offset: int) -> int:
-    """The first position that the earliest query sees."""
-    if mask == "causal" and window > 0:
-        return max(0, query - window + 1)
-    if mask == "chunk" and left_chunks >= 0:
-        return max(0, ((query + chunk_offset) // chunk - left_chunks) * chunk - chunk_offset)
-    return 0
 
 
 TORCH = Backend("torch", _run, _refuses)

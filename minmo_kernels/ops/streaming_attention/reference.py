@@ -84,6 +84,15 @@ def visible(
     return see & (key_chunk >= query_chunk - left_chunks) if left_chunks >= 0 else see
 
 
+def first_visible(query: int, mask: str, window: int, chunk: int, left_chunks: int, chunk_offset: int) -> int:
+    """The lowest position that a query sees."""
+    if mask == "causal" and window > 0:
+        return max(0, query - window + 1)
+    if mask == "chunk" and left_chunks >= 0:
+        return max(0, ((query + chunk_offset) // chunk - left_chunks) * chunk - chunk_offset)
+    return 0
+
+
 def _softmax_sum(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """scores (b, t, kv, group, s), v (b, s, kv, d) -> out (b, t, heads, d), lse (b, t, heads)."""
     if v.shape[1] == 0:
