@@ -169,6 +169,13 @@ class Resampler:
         return 0.0 if self._stream is None else 1e3 * self._stream.delay() / self.to_rate
 
 
+def resampling_delay_ms(path: str | os.PathLike[str]) -> float:
+    """How far a live stream at this file's rate would lag behind at 16 kHz, in milliseconds."""
+    resampler = Resampler(soundfile.info(os.fspath(path)).samplerate)
+    resampler.push(np.zeros(resampler.from_rate, np.float32))
+    return resampler.delay_ms
+
+
 def resample(samples: np.ndarray, from_rate: int, to_rate: int = SAMPLE_RATE) -> np.ndarray:
     """Whole mono sound (n,) at another sample rate, float32."""
     return Resampler(from_rate, to_rate).push(samples, final=True)

@@ -18,6 +18,7 @@ import minmo
 from minmo import doctor as doctor_report
 from minmo.conversation import verbs
 from minmo.conversation.session import Piece
+from minmo.conversation.timings import RESAMPLER
 from minmo.info import rows as info_rows
 from minmo.info import state_rows
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
@@ -214,6 +215,8 @@ def _run(
             raise ValueError(f"{output} is the input; write the reply to another file")
     model = _load(preset, device, dtype)
     timings = minmo.conversation.Timings()
+    if not isinstance(heard, str) and (delay := minmo.audio.resampling_delay_ms(turn)):
+        timings.add(RESAMPLER, delay / 1e3)
 
     def show(pieces: list[Piece]) -> None:
         print(pieces[0].text, end="", flush=True)

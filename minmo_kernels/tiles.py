@@ -27,10 +27,20 @@ def rope_table(theta: float, dim: int, device: torch.device) -> torch.Tensor:
 
 @triton.jit
 def rotation(position, frequency):
-    """cos and sin of position x frequency; frequency: a block of `rope_table`, position: integer, broadcast."""
-    turn = ((position.to(tl.int64) * frequency) >> 32).to(tl.int32)
-    angle = turn.to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
-    return tl.cos(angle), tl.sin(angle)
+    """cos and sin of position x frequency; frequency: a block of `rope_table`, position: integer, broadcast.
+
+    Series over an eighth of a turn to either side, below fp32's rounding: the library's functions would bring their
+    reduction of large angles along, and with it local memory.
+    """
+    turn = ((position.to(tl.int64) * frequency) >> 32).to(tl.int32)  # in 2^-32 turns
+    quadrant = (turn >> 29) + 1 >> 1
+    x = (turn - (quadrant << 30)).to(tl.float32) * 1.4629180792671596e-09  # 2 pi / 2^32
+    y = x * x
+    sin = x + x * y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y * (1 / 362880))))
+    cos = 1.0 + y * (-1 / 2 + y * (1 / 24 + y * (-1 / 720 + y * (1 / 40320 + y * (-1 / 3628800)))))
+    odd, negative = (quadrant & 1) != 0, (quadrant & 2) != 0
+    cos, sin = tl.where(odd, -sin, cos), tl.where(odd, cos, sin)
+    return tl.where(negative, -cos, cos), tl.where(negative, -sin, sin)
 
 
 @triton.jit

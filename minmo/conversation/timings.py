@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 STAGES = (
+    "resampler to 16 kHz (delay, no compute)",
     "front end + encoder (80 ms of sound)",
     "input projector (80 ms of sound)",
     "LLM prefill + duplex predictor (80 ms of sound)",
@@ -25,8 +26,10 @@ STAGES = (
     "end of input -> first audio chunk",
     "end of input -> end of reply",
 )
-"""Every stage, in the order of a turn. The last four are counted from the end of the input, compute only."""
+"""Every stage, in the order of a turn. The first is there where the sound had another rate. The last four are
+counted from the end of the input, compute only."""
 (
+    RESAMPLER,
     ENCODER,
     PROJECTOR,
     LISTEN,

@@ -38,6 +38,7 @@ def test_talk_takes_any_sound_file(minmo, tmp_path, rate, channels, subtype):
     soundfile.write(tmp_path / "in.wav", np.repeat(samples[:, None], channels, 1), rate, subtype=subtype)
     shown = minmo("talk", tmp_path / "in.wav", "-o", tmp_path / "out.wav", "--max-text-tokens", 2)
     assert "UNTRAINED" in shown.out and "random weights" in shown.out
+    assert "resampler to 16 kHz" in shown.out
     for stage in ("input projector", "prompt prefill", "first text token", "15 speech tokens", "first audio chunk"):
         assert stage in shown.out
     assert "machine:" in shown.out and "backend:" in shown.out
