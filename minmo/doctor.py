@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import os
-import pkgutil
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +11,10 @@ from pathlib import Path
 import torch
 
 from minmo.config import load_config, presets
-from minmo_kernels import explain, ops
+from minmo.info import kernel_dims
+from minmo_kernels import explain
 from minmo_kernels.dispatch import Explanation
-from minmo_kernels.spec import SPECS
+from minmo_kernels.spec import load_all
 
 PACKAGES = (
     "minmo",
@@ -66,33 +65,12 @@ def devices() -> list[str]:
 
 def explanations(device: str) -> Iterator[Explanation]:
     """For every operation: which backends serve a typical nano case in fp32 on this device, and why not the others."""
-    for module in pkgutil.iter_modules(ops.__path__):
-        importlib.import_module(f"minmo_kernels.ops.{module.name}.spec")
-    for name in sorted(SPECS):
-        spec = SPECS[name]
-        arguments = spec.make({**next(iter(spec.cases(dims("nano")))), "dtype": "float32"})
+    parts = kernel_dims(load_config("nano"), capacity=1024)
+    for spec in load_all().values():
+        _, case = next(spec.cases_of(parts))
+        arguments = spec.make({**case, "dtype": "float32"})
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         yield explain(spec.function, **moved)
-
-
-def dims(preset: str) -> dict[str, int]:
-    """A preset's sizes as plain numbers, as the operations' specs take them (the LLM's where parts differ)."""
-    c = load_config(preset)
-    return {
-        "dim": c.llm.dim,
-        "heads": c.llm.heads,
-        "kv_heads": c.llm.kv_heads,
-        "head_dim": c.llm.head_dim,
-        "ffn": c.llm.ffn,
-        "vocab": c.voice_decoder.vocab,
-        "capacity": 1024,
-        "encoder_dim": c.encoder.dim,
-        "fsmn_kernel": c.encoder.fsmn_kernel,
-        "n_mels": c.frontend.n_mels,
-        "llm_dim": c.llm.dim,
-        "semantic_block": c.voice_decoder.semantic_block,
-        "speech_block": c.voice_decoder.speech_block,
-    }
 
 
 def report() -> str:

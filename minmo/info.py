@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from minmo.config import load_config
+from minmo.config import BackboneConfig, MinMoConfig, load_config
 from minmo.model import shapes
 
 
@@ -52,6 +52,24 @@ def state_rows(preset_or_dir: str | Path) -> Iterator[tuple[str, str, int]]:
     yield "voice token LM", "linear cache, per 750 positions of a reply", minute.speaking.decoder.nbytes
     yield "flow", f"{c.flow.steps} Euler steps, {c.flow.left_context} mel frames: bounded", minute.speaking.flow.nbytes
     yield "vocoder", f"{c.vocoder.streaming}: bounded", minute.speaking.vocoder.nbytes
+
+
+def kernel_dims(config: MinMoConfig, capacity: int = 4096) -> dict[str, dict[str, int]]:
+    """The sizes of each part that decodes or listens, by the names that `OpSpec.cases` takes; capacity: of a cache."""
+
+    def decoder(c: BackboneConfig, **more: int) -> dict[str, int]:
+        sizes = {"dim": c.dim, "ffn": c.ffn, "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        return {**sizes, "capacity": capacity, **more}
+
+    voice = config.voice_decoder
+    ratio = {"semantic_block": voice.semantic_block, "speech_block": voice.speech_block}
+    return {
+        "LLM": decoder(config.llm, vocab=config.llm.vocab),
+        "voice token LM": decoder(voice.lm, vocab=voice.vocab, llm_dim=voice.llm_dim, **ratio),
+        "encoder": {"encoder_dim": config.encoder.dim, "fsmn_kernel": config.encoder.fsmn_kernel},
+        "front end": {"n_mels": config.frontend.n_mels},
+        "speech tokenizer": {"tokenizer_dim": config.speech_tokenizer.encoder.dim},
+    }
 
 
 def count(module: nn.Module) -> int:

@@ -6,7 +6,9 @@ A case is plain values only (sizes, flags, a dtype name, a seed), so that it pri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,3 +45,20 @@ class OpSpec:
 
     def __post_init__(self) -> None:
         SPECS[self.name] = self
+
+    def cases_of(self, parts: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, Case]]:
+        """(part, case) for every part of a model, sizes by name, whose sizes this operation's cases are made of."""
+        for part, dims in parts.items():
+            try:
+                yield from ((part, case) for case in list(self.cases(dims)))
+            except KeyError:
+                continue
+
+
+def load_all() -> dict[str, OpSpec]:
+    """Imports every operation's spec -> SPECS, in the order of their names."""
+    from minmo_kernels import ops
+
+    for module in pkgutil.iter_modules(ops.__path__):
+        importlib.import_module(f"minmo_kernels.ops.{module.name}.spec")
+    return dict(sorted(SPECS.items()))

@@ -291,7 +291,7 @@ def test_bad_input_is_named():
         model.embed(torch.tensor([3, 50]))
     with pytest.raises(ValueError, match=r"x must have the shape \(batch, T, 24\)"):
         model(torch.zeros(1, 2, 23))
-    with pytest.raises(ValueError, match="x_lengths names 3 positions, but x holds 2"):
+    with pytest.raises(ValueError, match="lengths must lie in 0 .. 2"):
         model.step(torch.zeros(1, 2, 24), int32(3), state, int32(0))
     body = Backbone(dataclasses.replace(TINY, vocab=0))
     with pytest.raises(ValueError, match="no token embedding"):

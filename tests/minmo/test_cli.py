@@ -33,7 +33,7 @@ def minmo(capsys, monkeypatch):
 
 @pytest.mark.parametrize("rate,channels,subtype", [(8_000, 1, "PCM_16"), (48_000, 2, "PCM_24"), (96_000, 1, "PCM_U8")])
 def test_talk_takes_any_sound_file(minmo, tmp_path, rate, channels, subtype):
-    samples, original = soundfile.read(QUESTION, dtype="float32")
+    samples, original = soundfile.read(QUESTION, dtype="float32", frames=8_000)
     samples = soxr.resample(samples, original, rate)
     soundfile.write(tmp_path / "in.wav", np.repeat(samples[:, None], channels, 1), rate, subtype=subtype)
     shown = minmo("talk", tmp_path / "in.wav", "-o", tmp_path / "out.wav", "--max-text-tokens", 2)
@@ -51,7 +51,7 @@ def test_the_other_commands(minmo, tmp_path):
     assert "reply:" in minmo("transcribe", QUESTION, *short).out
     assert "reply:" in minmo("translate", "two plus three", "--to", "French", *short).out
     assert "reply:" in minmo("ask", "what is two plus three?", *short).out
-    minmo("say", "two plus three", "-o", tmp_path / "said.wav")
+    minmo("say", "two", "-o", tmp_path / "said.wav", "--max-speech-ratio", 4)
     assert soundfile.info(tmp_path / "said.wav").frames > 0
     assert "7,615,616,512" in minmo("info", "minmo-8b").out
     report = minmo("doctor").out
@@ -116,7 +116,7 @@ def test_help_and_no_arguments_are_no_error(minmo):
 
 def test_names_are_never_read_as_markup(minmo, tmp_path):
     place = tmp_path / "x [live].wav"
-    assert "x [live].wav" in minmo("say", "one", "-o", place).out.replace("\n", "")
+    assert "x [live].wav" in minmo("say", "one", "-o", place, "--max-speech-ratio", 4).out.replace("\n", "")
     assert place.exists()
 
 

@@ -116,5 +116,5 @@ def test_bad_input_is_named():
     model = predictor()
     with pytest.raises(ValueError, match=r"hidden must be \(batch, T, 20\)"):
         model(torch.zeros(1, 2, 19))
-    with pytest.raises(ValueError, match="x_lengths names 3 positions, but hidden holds 2"):
+    with pytest.raises(ValueError, match="lengths must lie in 0 .. 2"):
         model.step(torch.zeros(1, 2, 20), int32(3), model.initial_state(1), int32(0))

@@ -11,7 +11,7 @@ import torch
 import minmo
 from minmo.conversation import timings as T
 
-SHORT = minmo.Settings(max_text_tokens=6, max_speech_ratio=4)
+SHORT = minmo.Settings(max_text_tokens=6, max_speech_ratio=3)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def question():
-    return minmo.load_audio(resources.files("minmo") / "assets" / "question.wav")
+    """Its first second: what a turn takes grows with its length, and what is tested does not."""
+    return minmo.load_audio(resources.files("minmo") / "assets" / "question.wav")[:16_000]
 
 
 def test_a_turn_gives_text_sound_and_every_timing(model, question):
@@ -39,14 +40,14 @@ def test_a_turn_gives_text_sound_and_every_timing(model, question):
 
 def test_the_same_seed_gives_the_same_reply_and_another_a_different_one(model, question):
     first, again = (minmo.talk(model, question, SHORT) for _ in range(2))
-    other = minmo.talk(model, question, minmo.Settings(max_text_tokens=6, max_speech_ratio=4, seed=1))
+    other = minmo.talk(model, question, minmo.Settings(max_text_tokens=6, max_speech_ratio=3, seed=1))
     assert first.text == again.text and np.array_equal(first.audio, again.audio)
     assert other.text != first.text
 
 
 def test_a_batch_answers_each_entry_as_if_alone(model, question):
     turns = [question[: len(question) // 2], "what is two plus three", question[:9000]]
-    settings = minmo.Settings(max_text_tokens=6, max_speech_ratio=4, seed=(3, 4, 5))
+    settings = minmo.Settings(max_text_tokens=6, max_speech_ratio=3, seed=(3, 4, 5))
     together = minmo.talk(model, turns, settings)
     assert len({reply.text for reply in together}) == 3
     for turn, seed, reply in zip(turns, settings.seed, together, strict=True):
@@ -57,7 +58,7 @@ def test_a_batch_answers_each_entry_as_if_alone(model, question):
 
 
 def test_neighbours_do_not_change_a_bit(model, question):
-    settings = minmo.Settings(max_text_tokens=6, max_speech_ratio=4, seed=(3, 4))
+    settings = minmo.Settings(max_text_tokens=6, max_speech_ratio=3, seed=(3, 4))
     one = minmo.talk(model, ["two plus three", question[:9000]], settings)
     other = minmo.talk(model, ["two plus three", "a much longer text, of many more words: " * 8], settings)
     assert one[0].text == other[0].text and np.array_equal(one[0].audio, other[0].audio)
@@ -83,7 +84,7 @@ def stream(sound, piece=1600):
 
 def test_full_duplex_sync_and_async_agree(model, question):
     inputs = list(stream(question))
-    outputs = list(minmo.full_duplex(model, inputs, SHORT))
+    outputs = list(minmo.full_duplex(model, inputs, SHORT, threshold=1.0))
     assert outputs[-1].final and sum(len(o.audio) for o in outputs) > 0
     assert minmo.latency(inputs[-1], outputs[0]) >= 0
 
@@ -92,7 +93,7 @@ def test_full_duplex_sync_and_async_agree(model, question):
             for item in inputs:
                 yield item
 
-        return [o async for o in minmo.full_duplex(model, source(), SHORT)]
+        return [o async for o in minmo.full_duplex(model, source(), SHORT, threshold=1.0)]
 
     again = asyncio.run(run())
     assert [o.transcript for o in again] == [o.transcript for o in outputs]
@@ -167,7 +168,7 @@ def test_settings_name_what_is_wrong(wrong):
 
 
 def test_settings_take_whole_numbers_and_other_kinds_of_arrays(model, question):
-    settings = minmo.Settings(temperature=0, top_p=1, max_text_tokens=2, max_speech_ratio=4, speak=False)
+    settings = minmo.Settings(temperature=0, top_p=1, max_text_tokens=2, max_speech_ratio=3, speak=False)
     sound = question[:4000]
     frozen = sound.copy()
     frozen.flags.writeable = False
@@ -178,13 +179,13 @@ def test_settings_take_whole_numbers_and_other_kinds_of_arrays(model, question):
 
 def test_one_sample_and_silence_are_turns_too(model):
     for sound in (np.zeros(1, np.float32), np.zeros(20_000, np.float32)):
-        reply = minmo.talk(model, sound, minmo.Settings(max_text_tokens=2, max_speech_ratio=4))
+        reply = minmo.talk(model, sound, minmo.Settings(max_text_tokens=2, max_speech_ratio=3))
         assert np.isfinite(reply.audio).all()
 
 
 def test_a_context_that_is_too_short_says_so(model, question):
     with pytest.raises(ValueError, match="positions"):
-        list(minmo.full_duplex(model, stream(question), SHORT, max_positions=40))
+        list(minmo.full_duplex(model, stream(question), SHORT, max_positions=30))
 
 
 def test_sixteen_bit_weights_talk_too(question):

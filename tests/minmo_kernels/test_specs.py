@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import threading
 
 import hypothesis.strategies as st
@@ -12,15 +10,12 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 import minmo_kernels as mk
-from minmo_kernels import ops
 from minmo_kernels.dispatch import OPS, intercept
-from minmo_kernels.spec import SPECS
+from minmo_kernels.spec import load_all
 from minmo_kernels.testing import assert_as_good_as_reference, assert_reference_matches, outputs
 
-for _module in pkgutil.iter_modules(ops.__path__):
-    importlib.import_module(f"minmo_kernels.ops.{_module.name}.spec")
-
-NAMES = sorted(SPECS)
+SPECS = load_all()
+NAMES = list(SPECS)
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 

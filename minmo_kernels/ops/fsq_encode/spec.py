@@ -105,9 +105,16 @@ def _only_boundaries_differ(case: Case) -> None:
 
 
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
-    """A chunk of 80 ms and 10 s of speech at 25 Hz, for a tokenizer of these sizes: dim."""
+    """A chunk of 80 ms and 10 s of speech at 25 Hz, for a tokenizer of these sizes: tokenizer_dim."""
     for items in (2, 250):
-        yield {"dtype": "bfloat16", "batch": 1, "items": items, "dim": dims["dim"], "levels": LEVELS[0], "seed": 0}
+        yield {
+            "dtype": "bfloat16",
+            "batch": 1,
+            "items": items,
+            "dim": dims["tokenizer_dim"],
+            "levels": LEVELS[0],
+            "seed": 0,
+        }
 
 
 def moved_bytes(case: Case) -> int:

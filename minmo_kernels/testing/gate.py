@@ -1,0 +1,99 @@
+"""What the shipped kernels compile to: every launch of a model's cases, and the budgets that hold their resources.
+
+A budget file is keyed by Triton's minor version, then by GPU and kernel, because registers differ between compilers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from minmo_kernels import dispatch
+from minmo_kernels.launch import Launch, launches
+from minmo_kernels.spec import Case, OpSpec, load_all
+from minmo_kernels.testing.binary import Binary
+
+REGISTER_SLACK = 8
+"""Registers that a kernel may grow by before its budget counts as broken; allocation moves in steps of 8."""
+
+
+def shipped(parts: Mapping[str, Mapping[str, int]], sm: int) -> Iterator[tuple[str, str, Case, Launch]]:
+    """(operation, part, case, launch) for each different binary that a model of these sizes launches on `sm`.
+
+    Cases come in their own dtype, and the first of each operation in every other dtype that its spec declares.
+    """
+    seen = set()
+    for name, spec in load_all().items():
+        for index, (part, case) in enumerate(spec.cases_of(parts)):
+            dtypes = [case["dtype"], *(d for d in spec.dtypes if index == 0 and d != case["dtype"])]
+            for dtype in dtypes:
+                for record in _launches(spec, {**case, "dtype": dtype}, sm):
+                    if record.key not in seen:
+                        seen.add(record.key)
+                        yield name, part, {**case, "dtype": dtype}, record
+
+
+def _launches(spec: OpSpec, case: Case, sm: int) -> list[Launch]:
+    """Empty where the kernel does not serve the case."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            arguments = spec.make(case)
+    except DataDependentOutputException:  # these cases are small
+        arguments = spec.make(case)
+    try:
+        return launches(spec.function, arguments, sm)
+    except dispatch.BackendError:
+        return []
+
+
+def measured(binary: Binary) -> dict[str, int]:
+    """What a budget holds of a binary."""
+    return {"registers": binary.registers, "shared": binary.shared}
+
+
+def over_budget(binary: Binary, budget: Mapping[str, int]) -> str | None:
+    """None, or what the kernel uses more of than its budget."""
+    if binary.registers > budget["registers"] + REGISTER_SLACK:
+        return f"{binary.registers} registers, budget {budget['registers']}"
+    if binary.shared > budget["shared"]:
+        return f"{binary.shared} bytes of shared memory, budget {budget['shared']}"
+    return None
+
+
+def read_budgets(path: Path) -> dict[str, dict[str, int]]:
+    """This Triton version's budgets by "sm key"; empty for a version that has none."""
+    budgets: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())
+    return budgets.get(triton_version(), {})
+
+
+def write_budgets(path: Path, budgets: Mapping[str, Mapping[str, int]]) -> None:
+    """Replaces this Triton version's budgets, others stay."""
+    stored = json.loads(path.read_text()) if path.is_file() else {}
+    stored[triton_version()] = {key: dict(budgets[key]) for key in sorted(budgets)}
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+
+
+def triton_version() -> str:
+    """Major and minor, such as "3.7"."""
+    import triton
+
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def expected_instructions(record: Launch, sm: int) -> dict[str, bool]:
+    """Which matrix instructions a launch's binary holds: 16-bit products with an M tile of 64 and more on sm_90 are
+    warp-group ones (HGMMA), other 16-bit products HMMA, and fp32 and one- and two-row products none."""
+    constants = record.constants
+    kinds = {a.dtype for a in record.arguments if isinstance(a, torch.Tensor) and a.is_floating_point()}
+    narrow = bool(kinds & {torch.float16, torch.bfloat16})
+    tile = constants.get("BLOCK_M") or constants.get("BLOCK_S") or constants.get("BLOCK_T") or 0
+    if record.name in ("linear_residual", "gate_up_swiglu", "qkv"):
+        tile = 0 if constants["ROWS"] <= 2 else max(16, constants["ROWS"])
+    if record.name in ("merge", "append", "rms_norm", "sample", "fsmn", "log_mel") or not narrow or not tile:
+        return {"HMMA": False, "HGMMA": False}
+    warp_group = sm >= 90 and tile >= 64
+    return {"HMMA": not warp_group, "HGMMA": warp_group}
