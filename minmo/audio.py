@@ -6,7 +6,6 @@ sentence that says what to do.
 
 from __future__ import annotations
 
-import numbers
 import os
 import re
 import tempfile
@@ -17,7 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from minmo.config import SAMPLE_RATE
+from minmo.config import SAMPLE_RATE, is_whole
 
 MAX_SECONDS = 600.0
 """Longest sound that `load_audio` takes by default; 10 minutes of 16 kHz float32 are 38 MB."""
@@ -70,7 +69,7 @@ def save_audio(path: str | os.PathLike[str], samples: Any, sample_rate: int) -> 
     `check_output` refuses.
     """
     file = check_output(path)
-    if not isinstance(sample_rate, numbers.Integral) or not _RATES[0] <= sample_rate <= _RATES[1]:
+    if not is_whole(sample_rate) or not _RATES[0] <= sample_rate <= _RATES[1]:
         raise AudioError(f"sample_rate must be an integer in {_RATES[0]} .. {_RATES[1]} Hz, got {sample_rate!r}")
     sound = np.asarray(samples)
     if sound.ndim != 1 or sound.dtype.kind != "f":

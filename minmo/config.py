@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import os
 import types
 import typing
@@ -233,6 +234,16 @@ class MinMoConfig:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"config is not JSON ({str(error):.80}); write it with minmo.save") from None
         return _build(cls, data, "config")
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer of any library's kind (and no truth value)."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def is_real(value: object) -> bool:
+    """Whether a value is a real number of any library's kind (and no truth value)."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def presets() -> list[str]:

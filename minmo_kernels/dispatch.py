@@ -48,7 +48,7 @@ class Request:
     """Every tensor is."""
     grad: bool
     """The call must be differentiable."""
-    features: dict[str, Hashable]
+    features: dict[str, Any]
 
 
 @dataclass(frozen=True)

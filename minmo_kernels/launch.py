@@ -95,8 +95,8 @@ def recording(sm: int) -> Iterator[list[Launch]]:
     """Inside the block, launches are collected and not run, as a GPU of compute capability `sm` (90 = 9.0) would see
     them. Results of operations are then meaningless."""
     global _recording
-    before, records = _recording, []
-    _recording = (sm, records)
+    records: list[Launch] = []
+    before, _recording = _recording, (sm, records)
     try:
         yield records
     finally:

@@ -6,15 +6,16 @@ different times, and none changes another's output.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import minmo_kernels as mk
+from minmo.config import is_real, is_whole
 from minmo.conversation import timings as T
 from minmo.conversation.timings import Timings, now
 from minmo.model import MinMo
@@ -57,7 +58,7 @@ class Settings:
         if not isinstance(self.speak, bool):
             raise ValueError(f"speak must be True or False, got {self.speak!r}")
         seeds = self.seed if isinstance(self.seed, (tuple, list)) else (self.seed,)
-        if not all(isinstance(s, numbers.Integral) and -(2**63) <= s < 2**63 for s in seeds):
+        if not all(is_whole(s) and -(2**63) <= s < 2**63 for s in seeds):
             raise ValueError(f"seed must be a 64-bit integer, or one for each entry, got {self.seed!r}")
         for name, low, high in (
             ("temperature", 0.0, 100.0),
@@ -69,8 +70,9 @@ class Settings:
             ("max_text_tokens", 1, 100_000),
             ("max_speech_ratio", 3, 1_000),
         ):
-            value, kind = getattr(self, name), type(low)
-            if not isinstance(value, numbers.Integral if kind is int else numbers.Real):
+            value: Any = getattr(self, name)
+            kind = type(low)
+            if not (is_whole(value) if kind is int else is_real(value)):
                 raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
             if not low <= value <= high:
                 raise ValueError(f"{name} must lie between {low} and {high}, got {value}")
@@ -107,7 +109,7 @@ class Session:
             raise ValueError(f"settings must be a minmo.Settings, got {type(settings).__name__}")
         if model.device.type == "meta":
             raise ValueError("this model holds shapes only (device 'meta'); load it on cpu or cuda to use it")
-        if not isinstance(max_positions, numbers.Integral) or not 0 < max_positions <= MOST_POSITIONS:
+        if not is_whole(max_positions) or not 0 < max_positions <= MOST_POSITIONS:
             raise ValueError(f"max_positions must lie between 1 and {MOST_POSITIONS}, got {max_positions!r}")
         self.model, self.settings, self.max_positions = model, settings, max_positions
         self.tokenizer = model.tokenizer

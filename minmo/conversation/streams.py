@@ -16,7 +16,7 @@ from typing import overload
 import numpy as np
 import torch
 
-from minmo.config import SAMPLE_RATE
+from minmo.config import SAMPLE_RATE, is_real
 from minmo.conversation.session import TICK, Session, Settings
 from minmo.conversation.verbs import Sound, check_sound
 from minmo.model import MinMo
@@ -120,7 +120,7 @@ class _Turns:
     """
 
     def __init__(self, model: MinMo, settings: Settings, threshold: float, max_positions: int) -> None:
-        if not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+        if not is_real(threshold) or not 0 <= threshold <= 1:
             raise ValueError(f"threshold is a probability in 0 .. 1, got {threshold!r}")
         self._session = Session(model, 1, settings, max_positions)
         self._prefix, self._suffix = self._session.tokenizer.turn(CHAT)
@@ -170,6 +170,6 @@ class _Turns:
 
     def _begin(self, end_ms: float) -> None:
         """The clock of the outputs: the end of the newest input, plus the time spent computing since."""
-        if not isinstance(end_ms, (int, float)) or not math.isfinite(end_ms):
+        if not is_real(end_ms) or not math.isfinite(end_ms):
             raise ValueError(f"timestamp_ms must be a finite number of milliseconds, got {end_ms!r}")
         self._end_ms, self._spent, self._resumed = float(end_ms), 0.0, time.perf_counter()

@@ -116,7 +116,7 @@ def say(
     return replies[0] if isinstance(text, str) else replies
 
 
-def check_sound(samples: Sound) -> Sound:
+def check_sound(samples: Any) -> Sound:
     """A user's sound as float32, (n,); raises AudioError in one sentence for what cannot be heard."""
     if isinstance(samples, torch.Tensor):
         if samples.device.type == "meta":
@@ -140,7 +140,7 @@ def check_sound(samples: Sound) -> Sound:
 
 def _turn(
     model: MinMo,
-    turns: Input | Sequence[Input],
+    turns: Any,
     settings: Settings,
     instruction: str,
     realtime: bool = False,

@@ -18,10 +18,10 @@ _FOLDER = Path(__file__).parent
 def table(sm: int) -> dict[str, list[tuple[dict[str, Any], dict[str, int]]]]:
     """The table for a capability (0 = the interpreter): the newest one that is not newer."""
     if sm == 0:
-        return json.loads((_FOLDER / "cpu.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((_FOLDER / "cpu.json").read_text())
     known = sorted(int(p.stem[2:]) for p in _FOLDER.glob("sm*.json"))
     name = f"sm{max(k for k in known if k <= sm)}.json"
-    return json.loads((_FOLDER / name).read_text())  # type: ignore[no-any-return]
+    return json.loads((_FOLDER / name).read_text())
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from minmo_kernels.ops.mix_semantic_speech.schedule import SEMANTIC, SPEECH, STA
 def run(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Arguments in schema order; differentiable in the floating-point ones."""
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        return _Mix.apply(*arguments)  # type: ignore[no-untyped-call, no-any-return]
+        return _Mix.apply(*arguments)
     return _forward(*arguments)
 
 
@@ -79,7 +79,7 @@ class _Mix(torch.autograd.Function):
         return inputs, targets
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _targets: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _targets: Tensor) -> tuple[Tensor | None, ...]:
         (
             hidden, embedding, weight, bias, speech, table, markers, rows, starts, query_lengths, text_lengths,
             speech_lengths, vector_starts, speech_starts, bistream,
