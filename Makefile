@@ -5,10 +5,8 @@ PYTHON ?= python3
 demo: .venv/core.installed
 	.venv/bin/minmo talk minmo/assets/question.wav -o reply.wav
 
-# The kernels through Triton's interpreter, whose switch is read at import; then everything else. One thread a process and
-# a process a core: the tensors are small, so threads would only wait for each other.
+# One thread a process and a process a core: the tensors are small, so threads would only wait for each other.
 test: .venv/dev.installed
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal tests/minmo_kernels/test_triton.py
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 lint: .venv/dev.installed
