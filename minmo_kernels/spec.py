@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 Case = Mapping[str, Any]
 
 SPECS: dict[str, OpSpec] = {}
@@ -24,9 +26,9 @@ class OpSpec:
 
     function: the public function; make(case) gives its keyword arguments. draw(st): a hypothesis strategy of cases,
     given the module `hypothesis.strategies` (the package itself does not import it). oracle: an independent fp64
-    formulation with the function's keyword arguments, returning its outputs in a tuple, then the mutated arguments
-    in the order of `mutates`. cases(dims): the cases that a model with these sizes uses. bytes, flops: what one call
-    must move and compute. invariants: laws beyond the oracle, each a function of a case that asserts.
+    formulation with the function's keyword arguments, returning its outputs in a tuple, then what `mutated` gives.
+    cases(dims): the cases that a model with these sizes uses. bytes, flops: what one call must move and compute.
+    invariants: laws beyond the oracle, each a function of a case that asserts.
     """
 
     name: str
@@ -45,6 +47,12 @@ class OpSpec:
 
     def __post_init__(self) -> None:
         SPECS[self.name] = self
+
+    def mutated(self, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What a call has left in the arguments that it writes. Not in int8 ones, where a number at a boundary may be
+        rounded either way: for those an operation has a law."""
+        written = [arguments[name] for name in self.mutates if arguments[name] is not None]
+        return tuple(x for x in written if x.dtype != torch.int8)
 
     def cases_of(self, parts: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, Case]]:
         """(part, case) for every part of a model, sizes by name, whose sizes this operation's cases are made of."""

@@ -1,29 +1,37 @@
 """Tools for testing operations, ours or a third party's: the tolerance rule, poisoned data, seeded tensors."""
 
 from minmo_kernels.testing.data import (
+    FORMATS,
     beyond_lengths_nan,
     dequantised,
+    dequantised_cache,
     generator,
-    maybe_int8,
+    group_of,
     normal,
     outputs,
     padding_nan,
+    quantised,
+    quantised_cache,
     random_rows,
     weight_bytes,
 )
 from minmo_kernels.testing.tolerance import assert_as_good_as_reference, assert_reference_matches, max_error
 
 __all__ = [
+    "FORMATS",
     "assert_as_good_as_reference",
     "assert_reference_matches",
     "beyond_lengths_nan",
     "dequantised",
+    "dequantised_cache",
     "generator",
+    "group_of",
     "max_error",
-    "maybe_int8",
     "normal",
     "outputs",
     "padding_nan",
+    "quantised",
+    "quantised_cache",
     "random_rows",
     "weight_bytes",
 ]

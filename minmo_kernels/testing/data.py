@@ -30,7 +30,7 @@ def beyond_lengths_nan(x: Tensor, lengths: Tensor) -> Tensor:
     """x (batch, items, ...) with NaN from each length on (integers: a huge id)."""
     inside = torch.arange(x.shape[1]) < lengths[:, None]
     inside = inside.reshape(*inside.shape, *[1] * (x.dim() - 2))
-    poison = float("nan") if x.is_floating_point() else 2**30
+    poison = float("nan") if x.is_floating_point() else min(2**30, torch.iinfo(x.dtype).max)
     return torch.where(inside, x, torch.tensor(poison, dtype=x.dtype))
 
 
@@ -44,19 +44,61 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
     return tuple(result) if isinstance(result, tuple) else (result,)
 
 
-def maybe_int8(name: str, weight: Tensor, int8: bool) -> dict[str, Tensor]:
-    """The arguments of a weight (dim_out, dim_in): itself, or rounded to int8 with a scale a row (`weight_scale`)."""
-    if not int8:
+FORMATS = ("full", "int8", "int4 g32", "int4 g64", "int4 g128")
+"""Weight formats of cases: the activations' dtype, int8 with a scale a row, int4 with a scale and a zero point a group
+of so many inputs."""
+
+
+def group_of(form: str) -> int:
+    """Inputs that share a scale in an int4 format; 1 for the others, which any width suits."""
+    return int(form.split("g")[1]) if form.startswith("int4") else 1
+
+
+def quantised(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
+    """The arguments of a weight (dim_out, dim_in) in a format: itself, or rounded, with `weight_scale` and for int4
+    `weight_zero`."""
+    if form == "full":
         return {name: weight}
-    scale = weight.float().abs().amax(dim=1).clamp(min=1e-8) / 127
-    return {name: (weight.float() / scale[:, None]).round().to(torch.int8), "weight_scale": scale}
+    if form == "int8":
+        scale = weight.float().abs().amax(dim=1).clamp(min=1e-8) / 127
+        return {name: (weight.float() / scale[:, None]).round().to(torch.int8), "weight_scale": scale}
+    groups = weight.float().unflatten(1, (-1, group_of(form)))
+    low, high = groups.amin(dim=2), groups.amax(dim=2)
+    scale = ((high - low).clamp(min=1e-5) / 15).to(weight.dtype)
+    zero = (-low / scale.float()).to(weight.dtype)
+    q = (groups / scale.float()[..., None] + zero.float()[..., None]).round().clamp(0, 15).to(torch.uint8).flatten(1)
+    return {name: q[:, 0::2] | q[:, 1::2] << 4, "weight_scale": scale, "weight_zero": zero}
 
 
-def dequantised(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """A weight in fp64, for oracles."""
-    return weight.double() if scale is None else weight.double() * scale.double()[:, None]
+def dequantised(weight: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
+    """A weight in fp64, for oracles: number by number, two to a byte in int4."""
+    if scale is None:
+        return weight.double()
+    if zero is None:
+        return weight.double() * scale.double()[:, None]
+    numbers = torch.empty(weight.shape[0], 2 * weight.shape[1], dtype=torch.float64)
+    numbers[:, 0::2], numbers[:, 1::2] = weight.double() % 16, weight.double() // 16
+    each = numbers.shape[1] // scale.shape[1]
+    scale, zero = (x.double().repeat_interleave(each, dim=1) for x in (scale, zero))
+    return (numbers - zero) * scale
 
 
 def weight_bytes(case: Any, dim_out: int, dim_in: int) -> int:
     """What a case's weight occupies."""
-    return dim_out * (dim_in + 4) if case["int8"] else dim_out * dim_in * getattr(torch, case["dtype"]).itemsize
+    size = getattr(torch, case["dtype"]).itemsize
+    if case["weights"] == "full":
+        return dim_out * dim_in * size
+    if case["weights"] == "int8":
+        return dim_out * (dim_in + 4)
+    return dim_out * (dim_in // 2 + 2 * size * (dim_in // group_of(case["weights"])))
+
+
+def quantised_cache(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """A cache (sessions, capacity, kv_heads, dim) as int8 and its scales (sessions, capacity, kv_heads)."""
+    scale = cache.float().abs().amax(dim=-1) / 127
+    return (cache.float() / scale[..., None]).round().to(torch.int8), scale
+
+
+def dequantised_cache(cache: Tensor, scale: Tensor | None) -> Tensor:
+    """What a cache means, in fp64; a new tensor."""
+    return cache.double() if scale is None else cache.double() * scale.double()[..., None]

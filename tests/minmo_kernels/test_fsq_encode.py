@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import minmo_kernels as mk
+from minmo_kernels.ops.fsq_encode import fsq_centres
 
 ROW, LEVELS = torch.zeros(1, dtype=torch.int32), (3,) * 8
 
@@ -23,6 +24,13 @@ def test_parity_with_the_rule_of_the_released_tokenizer():
     ids = mk.fsq_encode(x, weight, bias, ROW, ROW + 5000, levels=LEVELS)
     assert torch.equal(ids, expected)
     assert len(ids.unique()) > 1000
+
+
+def test_every_code_of_the_released_tokenizer_is_its_own_centre():
+    codes = torch.arange(3**8, dtype=torch.int32)
+    centres = fsq_centres(codes, LEVELS)[None]
+    ids = mk.fsq_encode(centres, torch.eye(8), torch.zeros(8), ROW, ROW + len(codes), levels=LEVELS)
+    assert torch.equal(ids[0], codes)
 
 
 def test_halves_go_to_the_even_digit():

@@ -27,7 +27,7 @@ def run(spec, arguments):
     """Outputs, then mutated arguments; the caller's tensors stay as they are."""
     arguments = copied(arguments)
     result = outputs(spec.function(**arguments))
-    return (*result, *(arguments[name] for name in spec.mutates if arguments[name] is not None))
+    return (*result, *spec.mutated(arguments))
 
 
 def close(actual, expected, dtype):

@@ -19,6 +19,8 @@ def append_kv(
     lengths: Tensor,
     q_lengths: Tensor | None = None,
     *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     heads: int,
     kv_heads: int,
     rope_theta: float = 10_000.0,
@@ -32,6 +34,9 @@ def append_kv(
     (sessions,) int32, the positions already in each cache: new item t of entry b becomes position
     lengths[rows[b]] + t. The caller advances the lengths afterwards. q_lengths (batch,) int32: new items, default T.
 
+    Caches hold qkv's dtype, or int8 with k_scale and v_scale (sessions, capacity, kv_heads) fp32, written likewise: a
+    vector is then kept as round(vector / scale), scale being its largest magnitude / 127.
+
     Rotary embedding: half-split pairs (i, i + dim/2), angle = position * rope_theta^(-2i/dim). Slots: position p in
     slot p, or p % capacity with `ring`. Returns q (batch, T, heads, dim), zeros for what does not exist.
 
@@ -41,7 +46,8 @@ def append_kv(
     name = "append_kv"
     check_tensor(name, "qkv", qkv, "batch T packed", qkv.device)
     for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(name, label, cache, "sessions capacity kv_heads dim", qkv.device, qkv.dtype)
+        check_tensor(name, label, cache, "sessions capacity kv_heads dim", qkv.device, qkv.dtype, torch.int8)
+    check_cache_scales(name, k_cache, v_cache, k_scale, v_scale)
     check_tensor(name, "rows", rows, "batch", qkv.device, torch.int32)
     check_tensor(name, "lengths", lengths, "sessions", qkv.device, torch.int32)
     if bias is not None:
@@ -51,7 +57,6 @@ def append_kv(
         check_counts(name, "q_lengths", q_lengths, len(qkv), qkv.shape[1])
     capacity, dim = k_cache.shape[1], k_cache.shape[3]
     packed = (heads + 2 * kv_heads) * dim
-    check(k_cache.shape == v_cache.shape, lambda: f"{name}: k_cache and v_cache differ in shape")
     check(k_cache.shape[2] == kv_heads, lambda: f"{name}: the caches have {k_cache.shape[2]} heads, not {kv_heads}")
     check(
         qkv.shape[2] == packed,
@@ -62,10 +67,35 @@ def append_kv(
         qkv.shape[1] <= capacity,
         lambda: f"{name}: {qkv.shape[1]} new positions do not fit into a cache of {capacity}; append in pieces",
     )
-    return OP(qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, heads, kv_heads, rope_theta, rope, ring)
+    return OP(
+        qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, heads, kv_heads, rope_theta, rope, ring
+    )
 
 
-def _fake(qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, heads, kv_heads, rope_theta, rope, ring):
+def check_cache_scales(
+    op: str, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+) -> None:
+    """Shared by the operations on caches: both alike, and int8 ones, only those, with a scale a vector."""
+    check(
+        k_cache.shape == v_cache.shape and k_cache.dtype == v_cache.dtype,
+        lambda: f"{op}: k_cache and v_cache differ in shape or dtype",
+    )
+    for label, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if k_cache.dtype != torch.int8:
+            check(scale is None, lambda label=label: f"{op}: {label} goes with int8 caches, not {k_cache.dtype}")
+        elif scale is None:
+            raise ValueError(f"{op}: int8 caches need {label}, {tuple(k_cache.shape[:3])} fp32")
+        else:
+            check_tensor(op, label, scale, "sessions capacity kv_heads", k_cache.device, torch.float32)
+            check(
+                scale.shape == k_cache.shape[:3],
+                lambda label=label: f"{op}: {label} must be {tuple(k_cache.shape[:3])}, as the caches",
+            )
+
+
+def _fake(
+    qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, heads, kv_heads, rope_theta, rope, ring
+):
     return qkv.new_empty((qkv.shape[0], qkv.shape[1], heads, k_cache.shape[3]))
 
 
@@ -78,7 +108,9 @@ def refuses_head_dim(request: Request) -> str | None:
 OP = Op(
     "append_kv",
     "(Tensor qkv, Tensor? bias, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows, Tensor lengths,"
-    " Tensor? q_lengths, int heads, int kv_heads, float rope_theta, bool rope, bool ring) -> Tensor",
+    " Tensor? q_lengths, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int heads, int kv_heads, float rope_theta, bool"
+    " rope,"
+    " bool ring) -> Tensor",
     reference=reference,
     fake=_fake,
     features=lambda qkv, bias, k, *args: {"ring": args[-1], "rope": args[-2], "dim": k.shape[3]},

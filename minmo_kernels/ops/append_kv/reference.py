@@ -16,6 +16,8 @@ def reference(
     rows: Tensor,
     lengths: Tensor,
     q_lengths: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     heads: int,
     kv_heads: int,
     rope_theta: float,
@@ -40,8 +42,12 @@ def reference(
 
     slot = (position % capacity if ring else position)[exists].long()
     row = rows[:, None].expand_as(exists)[exists].long()
-    k_cache[row, slot] = k[exists].to(k_cache.dtype)
-    v_cache[row, slot] = v[exists].to(v_cache.dtype)
+    for x, cache, scale in ((k[exists], k_cache, k_scale), (v[exists], v_cache, v_scale)):
+        if scale is not None:
+            step = x.abs().amax(dim=-1) / 127
+            scale[row, slot] = step.to(scale.dtype)
+            x = torch.round(x / torch.where(step > 0, step, 1.0)[..., None])
+        cache[row, slot] = x.to(cache.dtype)
     return torch.where(exists[:, :, None, None], q, 0.0).to(qkv.dtype)
 
 

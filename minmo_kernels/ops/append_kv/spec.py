@@ -12,7 +12,13 @@ from torch import Tensor
 from minmo_kernels.ops.append_kv import append_kv
 from minmo_kernels.ops.streaming_attention import streaming_attention
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_rows
+from minmo_kernels.testing import (
+    beyond_lengths_nan,
+    generator,
+    normal,
+    quantised_cache,
+    random_rows,
+)
 
 
 def draw(st: Any) -> Any:
@@ -24,6 +30,7 @@ def draw(st: Any) -> Any:
             "heads": st.sampled_from([(1, 1), (4, 2), (7, 1)]),
             "dim": st.sampled_from([64, 128]),
             "capacity": st.integers(8, 16),
+            "int8": st.booleans(),
             "ring": st.booleans(),
             "rope": st.booleans(),
             "bias": st.booleans(),
@@ -41,8 +48,9 @@ def make(case: Case) -> dict[str, Any]:
     lengths = torch.randint(0, longest + 1, (sessions,), generator=g, dtype=torch.int32)
     q_lengths = torch.randint(0, items + 1, (batch,), generator=g, dtype=torch.int32)
     qkv = normal(g, batch, items, packed, dtype=case["dtype"])
-    k = normal(g, sessions, capacity, kv_heads, dim, dtype=case["dtype"])
-    v = normal(g, sessions, capacity, kv_heads, dim, dtype=case["dtype"])
+    k, v = (normal(g, sessions, capacity, kv_heads, dim, dtype=case["dtype"]) for _ in range(2))
+    if case["int8"]:
+        (k, k_scale), (v, v_scale) = quantised_cache(k), quantised_cache(v)
     return {
         "qkv": beyond_lengths_nan(qkv, q_lengths),
         "bias": normal(g, packed, dtype=case["dtype"]) if case["bias"] else None,
@@ -51,6 +59,8 @@ def make(case: Case) -> dict[str, Any]:
         "rows": random_rows(g, batch, sessions),
         "lengths": lengths,
         "q_lengths": q_lengths,
+        "k_scale": k_scale if case["int8"] else None,
+        "v_scale": v_scale if case["int8"] else None,
         "heads": heads,
         "kv_heads": kv_heads,
         "rope_theta": 10_000.0,
@@ -67,15 +77,24 @@ def oracle(
     rows: Tensor,
     lengths: Tensor,
     q_lengths: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     heads: int,
     kv_heads: int,
     rope_theta: float,
     rope: bool,
     ring: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Position by position; the rotation as a product of complex numbers."""
+) -> tuple[Tensor, ...]:
+    """Position by position; the rotation as a product of complex numbers. Of int8 caches, the scales."""
     capacity, dim = k_cache.shape[1], k_cache.shape[3]
-    k_out, v_out = k_cache.double().clone(), v_cache.double().clone()
+    if k_scale is None or v_scale is None:
+        k_out, v_out = k_cache.double().clone(), v_cache.double().clone()
+    else:
+        k_out, v_out = k_scale.double().clone(), v_scale.double().clone()
+
+    def kept(x: Tensor) -> Tensor:
+        return x if k_scale is None else x.abs().amax(dim=-1) / 127
+
     out = torch.zeros(qkv.shape[0], qkv.shape[1], heads, dim, dtype=torch.float64)
     half = dim // 2
     frequency = torch.tensor([rope_theta ** (-2 * i / dim) for i in range(half)], dtype=torch.float64)
@@ -93,9 +112,28 @@ def oracle(
             position = int(lengths[row]) + t
             slot = position % capacity if ring else position
             out[b, t] = turn(x[:heads], position)
-            k_out[row, slot] = turn(x[heads : heads + kv_heads], position)
-            v_out[row, slot] = x[heads + kv_heads :]
+            k_out[row, slot] = kept(turn(x[heads : heads + kv_heads], position))
+            v_out[row, slot] = kept(x[heads + kv_heads :])
     return out, k_out, v_out
+
+
+def _int8_is_the_rounded_cache(case: Case) -> None:
+    """An int8 cache holds what one in full precision holds, rounded to the nearest of 255 steps; the rest stays."""
+    case = dict(case, dtype="float32")
+    full, int8, before = (make(dict(case, int8=int8)) for int8 in (False, True, True))
+    append_kv(**full)
+    append_kv(**int8)
+    ring, capacity = case["ring"], case["capacity"]
+    for b, row in enumerate(full["rows"].tolist()):
+        for t in range(int(full["q_lengths"][b]) if row >= 0 else 0):
+            slot = (int(full["lengths"][row]) + t) % capacity if ring else int(full["lengths"][row]) + t
+            for name in ("k", "v"):
+                vectors, scale = full[f"{name}_cache"][row, slot], int8[f"{name}_scale"][row, slot]
+                error = int8[f"{name}_cache"][row, slot] * scale[:, None] - vectors
+                assert bool((error.abs() <= 0.5001 * scale[:, None]).all())
+                before[f"{name}_cache"][row, slot] = int8[f"{name}_cache"][row, slot]
+    assert torch.equal(before["k_cache"], int8["k_cache"])
+    assert torch.equal(before["v_cache"], int8["v_cache"])
 
 
 def _append_then_attend(case: Case) -> None:
@@ -126,18 +164,19 @@ def _append_then_attend(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode and prefill of a decoder with these sizes: heads, kv_heads, head_dim, capacity."""
     for batch in (1, 8):
-        for items in (1, 64):
+        for items, int8 in ((1, False), (1, True), (64, False)):
             yield {
                 "dtype": "bfloat16", "batch": batch, "items": items, "heads": (dims["heads"], dims["kv_heads"]),
-                "dim": dims["head_dim"], "capacity": dims["capacity"], "ring": False, "rope": True, "bias": True,
-                "seed": 0,
+                "dim": dims["head_dim"], "capacity": dims["capacity"], "int8": int8, "ring": False, "rope": True,
+                "bias": True, "seed": 0,
             }  # fmt: skip
 
 
 def moved_bytes(case: Case) -> int:
     heads, kv_heads = case["heads"]
-    values = case["batch"] * case["items"] * (heads + 2 * kv_heads) * case["dim"]
-    return 2 * getattr(torch, case["dtype"]).itemsize * values
+    vectors, size = case["batch"] * case["items"], getattr(torch, case["dtype"]).itemsize
+    cached = 2 * kv_heads * (case["dim"] + 4 if case["int8"] else case["dim"] * size)
+    return vectors * (cached + (2 * heads + 2 * kv_heads) * case["dim"] * size)
 
 
 def flops(case: Case) -> int:
@@ -154,7 +193,10 @@ SPEC = OpSpec(
     cases=cases,
     bytes=moved_bytes,
     flops=flops,
-    mutates=("k_cache", "v_cache"),
+    mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
     batched=("qkv", "rows", "q_lengths"),
-    invariants={"append then attend": _append_then_attend},
+    invariants={
+        "append then attend": _append_then_attend,
+        "int8 is the rounded cache": _int8_is_the_rounded_cache,
+    },
 )

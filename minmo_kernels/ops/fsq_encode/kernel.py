@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -25,14 +28,11 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, lengths: Tensor, 
     return ids
 
 
-_tables: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
-
-
+@functools.cache
 def _levels(levels: tuple[int, ...], device: torch.device) -> Tensor:
-    """(digits,) int32, on the device, made once."""
-    if (levels, device) not in _tables:
-        _tables[levels, device] = torch.tensor(levels, dtype=torch.int32, device=device)
-    return _tables[levels, device]
+    """Levels and place values of the digits. (2, digits) int32"""
+    places = [math.prod(levels[:i]) for i in range(len(levels))]
+    return torch.tensor([levels, places], dtype=torch.int32, device=device)
 
 
 @triton.jit(do_not_specialize=["frames"])
@@ -63,12 +63,6 @@ def _fsq_encode(
     half = (level - 1) // 2
     digit = (squashed * SHRINK * half.to(tl.float32)[None, :] + 12582912.0) - 12582912.0
     digit = digit.to(tl.int32) + half[None, :]
-    earlier = tl.where(j[:, None] < j[None, :], level[:, None], 1)
-    place_value = tl.reduce(earlier, 0, _product)
-    ids = tl.sum(tl.where((j < DIGITS)[None, :], digit * place_value[None, :], 0), axis=1)
+    place_value = tl.load(levels_ptr + DIGITS + j, mask=j < DIGITS, other=0)
+    ids = tl.sum(digit * place_value[None, :], axis=1)
     tl.store(ids_ptr + entry * frames + t, tl.where(t < count, ids, 0), mask=t < frames)
-
-
-@triton.jit
-def _product(a, b):
-    return a * b

@@ -80,9 +80,10 @@ def _in_range(case: Case) -> None:
 
 
 def _idempotent(case: Case) -> None:
-    """The centre of every code's cell is quantised to that code."""
-    levels = case["levels"]
-    codes = torch.arange(math.prod(levels), dtype=torch.int32)
+    """The centre of a code's cell is quantised to that code (for about 500 codes)."""
+    levels, count = case["levels"], math.prod(case["levels"])
+    step = 1 + count // 500
+    codes = torch.arange(case["seed"] % step, count, step, dtype=torch.int32)
     one = torch.ones(1, dtype=torch.int32)
     identity, no_bias = torch.eye(len(levels)), torch.zeros(len(levels))
     again = fsq_encode(fsq_centres(codes, levels)[None], identity, no_bias, one - 1, one * len(codes), levels=levels)
@@ -138,7 +139,7 @@ SPEC = OpSpec(
     batched=("x", "rows", "lengths"),
     invariants={
         "ids are codes": _in_range,
-        "idempotent over all codes": _idempotent,
+        "idempotent": _idempotent,
         "only boundaries differ": _only_boundaries_differ,
     },
 )

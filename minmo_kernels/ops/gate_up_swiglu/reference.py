@@ -11,8 +11,14 @@ from minmo_kernels.ops.rms_norm.reference import normalise
 
 
 def reference(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, weight_scale: Tensor | None, eps: float
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
+    eps: float,
 ) -> Tensor:
     normed = normalise(torch.where((rows >= 0)[:, None], x, 0.0), norm_weight, eps)
-    gate, up = (normed @ dequantised(weight, weight_scale, normed.dtype).T).unflatten(1, (-1, 2)).unbind(2)
+    gate, up = (normed @ dequantised(weight, weight_scale, weight_zero, normed.dtype).T).unflatten(1, (-1, 2)).unbind(2)
     return (F.silu(gate) * up).to(x.dtype)

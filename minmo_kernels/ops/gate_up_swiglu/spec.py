@@ -10,20 +10,30 @@ from torch import Tensor
 
 from minmo_kernels.ops.gate_up_swiglu import gate_up_swiglu
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import dequantised, generator, maybe_int8, normal, padding_nan, random_rows, weight_bytes
+from minmo_kernels.testing import (
+    FORMATS,
+    dequantised,
+    generator,
+    group_of,
+    normal,
+    padding_nan,
+    quantised,
+    random_rows,
+    weight_bytes,
+)
 
 
 def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
-            "int8": st.booleans(),
+            "weights": st.sampled_from(FORMATS),
             "batch": st.integers(1, 4),
-            "dim": st.sampled_from([32, 96, 130]),
+            "dim": st.sampled_from([32, 96, 130, 256]),
             "ffn": st.sampled_from([16, 64, 101]),
             "seed": st.integers(0, 2**31 - 1),
         }
-    )
+    ).filter(lambda case: case["dim"] % group_of(case["weights"]) == 0)
 
 
 def make(case: Case) -> dict[str, Any]:
@@ -33,17 +43,23 @@ def make(case: Case) -> dict[str, Any]:
     return {
         "x": padding_nan(normal(g, batch, dim, dtype=dtype), rows),
         "norm_weight": normal(g, dim, dtype=dtype),
-        **maybe_int8("weight", normal(g, 2 * case["ffn"], dim, dtype=dtype, scale=dim**-0.5), case["int8"]),
+        **quantised("weight", normal(g, 2 * case["ffn"], dim, dtype=dtype, scale=dim**-0.5), case["weights"]),
         "rows": rows,
         "eps": 1e-6,
     }
 
 
 def oracle(
-    x: Tensor, norm_weight: Tensor, weight: Tensor, rows: Tensor, eps: float, weight_scale: Tensor | None = None
+    x: Tensor,
+    norm_weight: Tensor,
+    weight: Tensor,
+    rows: Tensor,
+    eps: float,
+    weight_scale: Tensor | None = None,
+    weight_zero: Tensor | None = None,
 ) -> tuple[Tensor]:
     """Two separate matrices; the norm folded into them."""
-    weight = dequantised(weight, weight_scale)
+    weight = dequantised(weight, weight_scale, weight_zero)
     out = torch.zeros(x.shape[0], weight.shape[0] // 2, dtype=torch.float64)
     gate, up = (weight[i::2] * norm_weight.double() for i in (0, 1))
     for b, row in enumerate(rows.tolist()):
@@ -57,7 +73,7 @@ def oracle(
 
 def _units_are_independent(case: Case) -> None:
     """A slice of the weight's row pairs gives that slice of the output."""
-    arguments = make(dict(case, dtype="float32", int8=False))
+    arguments = make(dict(case, dtype="float32", weights="full"))
     half = case["ffn"] // 2
     part = gate_up_swiglu(**dict(arguments, weight=arguments["weight"][2 * half :]))
     torch.testing.assert_close(part, gate_up_swiglu(**arguments)[:, half:], rtol=1e-4, atol=1e-5)
@@ -66,9 +82,10 @@ def _units_are_independent(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, ffn."""
     for batch in (1, 8):
-        for int8 in (False, True):
+        for weights in ("full", "int8", "int4 g128"):
             yield {
-                "dtype": "bfloat16", "int8": int8, "batch": batch, "dim": dims["dim"], "ffn": dims["ffn"], "seed": 0,
+                "dtype": "bfloat16", "weights": weights, "batch": batch, "dim": dims["dim"], "ffn": dims["ffn"],
+                "seed": 0,
             }  # fmt: skip
 
 

@@ -12,45 +12,92 @@ from minmo_kernels.tuning import bucket_of
 
 MOST_ROWS = 64
 """The largest bucket of a decode step."""
+GROUPS = (32, 64, 128)
+"""Inputs that may share an int4 scale and zero point."""
 
 
 def linear_residual(
-    x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, *, weight_scale: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    rows: Tensor,
+    *,
+    weight_scale: Tensor | None = None,
+    weight_zero: Tensor | None = None,
 ) -> Tensor:
     """residual + x @ weight.T.
 
-    Shapes: x (batch, dim_in); weight (dim_out, dim_in), or int8 with weight_scale (dim_out,) fp32: the weight is then
-    weight * weight_scale[:, None]; residual (batch, dim_out); rows (batch,) int32, -1 = padding. Returns
-    (batch, dim_out), zeros for padding entries. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Shapes: x (batch, dim_in); weight (dim_out, dim_in) in one of three formats; residual (batch, dim_out); rows
+    (batch,) int32, -1 = padding. Returns (batch, dim_out), zeros for padding entries. Raises ValueError for shapes,
+    dtypes or devices that do not fit.
+
+    Weight formats, here and in the other projections of a decode step:
+    - x's dtype, as it is;
+    - int8 with weight_scale (dim_out,) fp32: weight * weight_scale[:, None];
+    - int4, uint8 (dim_out, dim_in / 2) with weight_scale and weight_zero (dim_out, groups) in x's dtype, a group being
+      32, 64 or 128 inputs: (number - weight_zero) * weight_scale. Byte j holds number 2j in its low half, 2j + 1 in its
+      high half.
     """
     name = "linear_residual"
     check_tensor(name, "x", x, "batch dim_in", x.device)
-    check_tensor(name, "weight", weight, "dim_out dim_in", x.device, x.dtype, torch.int8)
-    check_scale(name, weight, weight_scale)
     check_tensor(name, "residual", residual, "batch dim_out", x.device, x.dtype)
     check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
-    check(
-        tuple(weight.shape) == (residual.shape[1], x.shape[1]),
-        lambda: (
-            f"{name}: weight must be (dim_out, dim_in) = {(residual.shape[1], x.shape[1])}, got {tuple(weight.shape)}"
-        ),
-    )
+    check_weight(name, "weight", weight, weight_scale, weight_zero, (residual.shape[1], x.shape[1]), x.dtype)
     check(
         rows.shape[0] == residual.shape[0] == x.shape[0],
         lambda: f"{name}: rows has {rows.shape[0]} entries, residual {residual.shape[0]}, x {x.shape[0]}",
     )
-    return OP(x, weight, residual, rows, weight_scale)
+    return OP(x, weight, residual, rows, weight_scale, weight_zero)
 
 
-def check_scale(op: str, weight: Tensor, scale: Tensor | None) -> None:
-    """An int8 weight has one scale a row, any other none."""
-    if weight.dtype != torch.int8:
-        check(scale is None, lambda: f"{op}: weight_scale goes with an int8 weight, not {weight.dtype}")
-    elif scale is None:
-        raise ValueError(f"{op}: an int8 weight needs weight_scale, ({weight.shape[0]},) fp32")
-    else:
+def check_weight(
+    op: str,
+    name: str,
+    weight: Tensor,
+    scale: Tensor | None,
+    zero: Tensor | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+) -> None:
+    """A projection's weight of logical `shape` for inputs of `dtype`, in a format of `linear_residual`."""
+    check_tensor(op, name, weight, "dim_out dim_in", weight.device, dtype, torch.int8, torch.uint8)
+    dim_out, dim_in = shape
+    if weight.dtype == torch.uint8:
+        if scale is None or zero is None:
+            raise ValueError(f"{op}: an int4 {name} needs weight_scale and weight_zero, ({dim_out}, groups) each")
+        for label, tensor in (("weight_scale", scale), ("weight_zero", zero)):
+            check_tensor(op, label, tensor, "dim_out groups", weight.device, dtype)
+            groups = tensor.shape[1]
+            check(
+                groups > 0 and dim_in == groups * (dim_in // groups) and dim_in // groups in GROUPS,
+                lambda groups=groups, label=label: (
+                    f"{op}: {label} has {groups} groups for {dim_in} inputs; a group is of 32, 64 or 128"
+                ),
+            )
+        check(
+            scale.shape == zero.shape and len(scale) == dim_out,
+            lambda: f"{op}: weight_scale and weight_zero must be ({dim_out}, groups)",
+        )
+        shape = (dim_out, dim_in // 2)
+    elif weight.dtype == torch.int8:
+        if scale is None:
+            raise ValueError(f"{op}: an int8 {name} needs weight_scale, ({dim_out},) fp32")
         check_tensor(op, "weight_scale", scale, "dim_out", weight.device, torch.float32)
-        check(len(scale) == len(weight), lambda: f"{op}: weight_scale has {len(scale)} values for {len(weight)} rows")
+        check(len(scale) == dim_out, lambda: f"{op}: weight_scale has {len(scale)} values for {dim_out} rows")
+        check(zero is None, lambda: f"{op}: weight_zero goes with an int4 {name}")
+    else:
+        check(scale is None and zero is None, lambda: f"{op}: weight_scale goes with an int8 or int4 {name}")
+    check(tuple(weight.shape) == shape, lambda: f"{op}: {name} must be {shape}, got {tuple(weight.shape)}")
+
+
+def weight_bits(weight: Tensor) -> int:
+    """Bits of a stored weight: 4, 8, 16 or 32."""
+    return 4 if weight.dtype == torch.uint8 else 8 * weight.dtype.itemsize
+
+
+def group_size(weight: Tensor, zero: Tensor | None) -> int:
+    """Inputs that share an int4 scale; 0 for the other formats."""
+    return 0 if zero is None else 2 * weight.shape[1] // zero.shape[1]
 
 
 def rows_bucket(batch: int) -> int:
@@ -67,9 +114,9 @@ def refuses_many_rows(request: Request) -> str | None:
 
 OP = Op(
     "linear_residual",
-    "(Tensor x, Tensor weight, Tensor residual, Tensor rows, Tensor? weight_scale) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor residual, Tensor rows, Tensor? weight_scale, Tensor? weight_zero) -> Tensor",
     reference=reference,
-    fake=lambda x, weight, residual, rows, weight_scale: torch.empty_like(residual),
+    fake=lambda x, weight, residual, rows, weight_scale, weight_zero: torch.empty_like(residual),
     features=lambda x, *args: {"rows": rows_bucket(len(x))},
     backends=(triton_backend("linear_residual", refuses_many_rows),),
 )

@@ -9,11 +9,19 @@ from torch import Tensor
 
 from minmo_kernels import tuning
 from minmo_kernels.launch import launch, target, triton_dtype
+from minmo_kernels.ops.linear_residual import group_size, weight_bits
 from minmo_kernels.tiles import project
 
 
-def run(x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None) -> Tensor:
-    return run_projection(x, None, weight, weight_scale, residual, rows, parts=1, head_dim=1)
+def run(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    rows: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
+) -> Tensor:
+    return run_projection(x, None, weight, weight_scale, weight_zero, residual, rows, parts=1, head_dim=1)
 
 
 def run_projection(
@@ -21,6 +29,7 @@ def run_projection(
     lse: Tensor | None,
     weight: Tensor,
     weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
     residual: Tensor,
     rows: Tensor,
     parts: int,
@@ -30,39 +39,41 @@ def run_projection(
     batch, dim_out = residual.shape
     out = torch.empty_like(residual)
     bucket = tuning.bucket_of(batch)
-    tile = tuning.config("linear_residual", target(x), rows=bucket, weight=weight.dtype.itemsize)
+    tile = tuning.config("linear_residual", target(x), rows=bucket, bits=weight_bits(weight))
     launch(
         _linear_residual, (triton.cdiv(dim_out, tile["BLOCK_N"]), 1, 1),
-        x, lse, weight, weight_scale, residual, rows, out, batch, parts,
-        DIM=weight.shape[1], DIM_OUT=dim_out, SOURCE="plain" if lse is None else "merged", HEAD_DIM=head_dim,
-        ROWS=bucket, DOT=triton_dtype(residual.dtype), **tile,
+        x, lse, weight, weight_scale, weight_zero, residual, rows, out, batch, parts,
+        DIM=x.shape[1] if lse is None else x.shape[2] * x.shape[3], DIM_OUT=dim_out,
+        SOURCE="plain" if lse is None else "merged", HEAD_DIM=head_dim,
+        GROUP=group_size(weight, weight_zero), ROWS=bucket, DOT=triton_dtype(residual.dtype), **tile,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["batch", "parts"])
 def _linear_residual(
-    x_ptr, lse_ptr, weight_ptr, scale_ptr, residual_ptr, rows_ptr, out_ptr, batch, parts,
-    DIM: tl.constexpr, DIM_OUT: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, lse_ptr, weight_ptr, scale_ptr, zero_ptr, residual_ptr, rows_ptr, out_ptr, batch, parts,
+    DIM: tl.constexpr, DIM_OUT: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     linear_residual_tile(
-        tl.program_id(0), x_ptr, lse_ptr, weight_ptr, scale_ptr, residual_ptr, rows_ptr, out_ptr, batch, parts,
-        DIM, DIM_OUT, SOURCE, HEAD_DIM, ROWS, DOT, BLOCK_N, BLOCK_K,
+        tl.program_id(0), x_ptr, lse_ptr, weight_ptr, scale_ptr, zero_ptr, residual_ptr, rows_ptr, out_ptr, batch,
+        parts,
+        DIM, DIM_OUT, SOURCE, HEAD_DIM, GROUP, ROWS, DOT, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
 
 @triton.jit
 def linear_residual_tile(
-    tile, x_ptr, lse_ptr, weight_ptr, scale_ptr, residual_ptr, rows_ptr, out_ptr, batch, parts,
-    DIM: tl.constexpr, DIM_OUT: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
-    DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    tile, x_ptr, lse_ptr, weight_ptr, scale_ptr, zero_ptr, residual_ptr, rows_ptr, out_ptr, batch, parts,
+    DIM: tl.constexpr, DIM_OUT: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Outputs tile * BLOCK_N ... of every row."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     out = project(
-        x_ptr, lse_ptr, None, weight_ptr, scale_ptr, rows_ptr, n, batch, parts, 0.0,
-        DIM, DIM_OUT, SOURCE, HEAD_DIM, ROWS, DOT, BLOCK_N, BLOCK_K,
+        x_ptr, lse_ptr, None, weight_ptr, scale_ptr, zero_ptr, rows_ptr, n, batch, parts, 0.0,
+        DIM, DIM_OUT, SOURCE, HEAD_DIM, GROUP, ROWS, DOT, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     m = tl.arange(0, out.shape[0])[:, None]
     inside = (m < batch) & (n < DIM_OUT)[None, :]

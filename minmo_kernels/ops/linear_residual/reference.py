@@ -8,12 +8,19 @@ from torch import Tensor
 from minmo_kernels.dispatch import compute_dtype
 
 
-def reference(x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None) -> Tensor:
+def reference(
+    x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None, weight_zero: Tensor | None
+) -> Tensor:
     kind = compute_dtype(x.dtype)
-    out = residual.to(kind) + x.to(kind) @ dequantised(weight, weight_scale, kind).T
+    out = residual.to(kind) + x.to(kind) @ dequantised(weight, weight_scale, weight_zero, kind).T
     return torch.where((rows >= 0)[:, None], out, 0.0).to(x.dtype)
 
 
-def dequantised(weight: Tensor, scale: Tensor | None, kind: torch.dtype) -> Tensor:
-    """A weight in the compute dtype; an int8 one times its scale a row."""
-    return weight.to(kind) if scale is None else weight.to(kind) * scale.to(kind)[:, None]
+def dequantised(weight: Tensor, scale: Tensor | None, zero: Tensor | None, kind: torch.dtype) -> Tensor:
+    """A weight of any format of `linear_residual` in the compute dtype."""
+    if scale is None:
+        return weight.to(kind)
+    if zero is None:
+        return weight.to(kind) * scale.to(kind)[:, None]
+    numbers = torch.stack([weight & 15, weight >> 4], dim=2).to(kind).view(*scale.shape, -1)
+    return ((numbers - zero.to(kind)[..., None]) * scale.to(kind)[..., None]).flatten(1)

@@ -10,20 +10,30 @@ from torch import Tensor
 
 from minmo_kernels.ops.linear_residual import linear_residual
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import dequantised, generator, maybe_int8, normal, padding_nan, random_rows, weight_bytes
+from minmo_kernels.testing import (
+    FORMATS,
+    dequantised,
+    generator,
+    group_of,
+    normal,
+    padding_nan,
+    quantised,
+    random_rows,
+    weight_bytes,
+)
 
 
 def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
-            "int8": st.booleans(),
+            "weights": st.sampled_from(FORMATS),
             "batch": st.integers(1, 4),
-            "dim_in": st.sampled_from([32, 96, 130]),
+            "dim_in": st.sampled_from([32, 96, 130, 256]),
             "dim_out": st.sampled_from([16, 64, 101]),
             "seed": st.integers(0, 2**31 - 1),
         }
-    )
+    ).filter(lambda case: case["dim_in"] % group_of(case["weights"]) == 0)
 
 
 def make(case: Case) -> dict[str, Any]:
@@ -32,17 +42,22 @@ def make(case: Case) -> dict[str, Any]:
     rows = random_rows(g, batch, batch + 1)
     return {
         "x": padding_nan(normal(g, batch, dim_in, dtype=dtype), rows),
-        **maybe_int8("weight", normal(g, dim_out, dim_in, dtype=dtype, scale=dim_in**-0.5), case["int8"]),
+        **quantised("weight", normal(g, dim_out, dim_in, dtype=dtype, scale=dim_in**-0.5), case["weights"]),
         "residual": padding_nan(normal(g, batch, dim_out, dtype=dtype), rows),
         "rows": rows,
     }
 
 
 def oracle(
-    x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    rows: Tensor,
+    weight_scale: Tensor | None = None,
+    weight_zero: Tensor | None = None,
 ) -> tuple[Tensor]:
     """One extra input that is always 1 carries the residual."""
-    weight = dequantised(weight, weight_scale)
+    weight = dequantised(weight, weight_scale, weight_zero)
     out = torch.zeros(residual.shape, dtype=torch.float64)
     for b, row in enumerate(rows.tolist()):
         if row >= 0:
@@ -53,7 +68,7 @@ def oracle(
 
 def _sum_of_halves(case: Case) -> None:
     """Two halves of the input, one after the other, give the whole."""
-    arguments = make(dict(case, dtype="float32", int8=False))
+    arguments = make(dict(case, dtype="float32", weights="full"))
     x, weight, half = arguments["x"], arguments["weight"], case["dim_in"] // 2
     first = linear_residual(**dict(arguments, x=x[:, :half], weight=weight[:, :half]))
     both = linear_residual(**dict(arguments, x=x[:, half:], weight=weight[:, half:], residual=first))
@@ -63,9 +78,9 @@ def _sum_of_halves(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, ffn (the down projection)."""
     for batch in (1, 8):
-        for int8 in (False, True):
+        for weights in ("full", "int8", "int4 g128"):
             yield {
-                "dtype": "bfloat16", "int8": int8, "batch": batch, "dim_in": dims["ffn"], "dim_out": dims["dim"],
+                "dtype": "bfloat16", "weights": weights, "batch": batch, "dim_in": dims["ffn"], "dim_out": dims["dim"],
                 "seed": 0,
             }  # fmt: skip
 

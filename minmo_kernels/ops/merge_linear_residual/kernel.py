@@ -8,7 +8,13 @@ from minmo_kernels.ops.linear_residual.kernel import run_projection
 
 
 def run(
-    partials: Tensor, lse: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None
+    partials: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    rows: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
 ) -> Tensor:
     parts, head_dim = partials.shape[1], partials.shape[3]
-    return run_projection(partials, lse, weight, weight_scale, residual, rows, parts, head_dim)
+    return run_projection(partials, lse, weight, weight_scale, weight_zero, residual, rows, parts, head_dim)

@@ -10,7 +10,13 @@ from minmo_kernels.ops.linear_residual.reference import dequantised
 
 
 def reference(
-    partials: Tensor, lse: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None
+    partials: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    residual: Tensor,
+    rows: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
 ) -> Tensor:
     kind = compute_dtype(residual.dtype)
     total = torch.logsumexp(lse.to(kind), dim=1, keepdim=True)
@@ -18,5 +24,5 @@ def reference(
     share = torch.exp(lse.to(kind) - torch.where(total.isfinite(), total, 0.0))
     seen = torch.where(lse.isneginf()[..., None], 0.0, partials.to(kind))
     merged = (seen * share[..., None]).sum(dim=1).flatten(1)
-    out = residual.to(kind) + merged @ dequantised(weight, weight_scale, kind).T
+    out = residual.to(kind) + merged @ dequantised(weight, weight_scale, weight_zero, kind).T
     return torch.where((rows >= 0)[:, None], out, 0.0).to(residual.dtype)

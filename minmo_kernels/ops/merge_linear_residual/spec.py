@@ -12,14 +12,24 @@ from torch import Tensor
 from minmo_kernels.ops.merge_linear_residual import merge_linear_residual
 from minmo_kernels.ops.streaming_attention import streaming_attention
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import dequantised, generator, maybe_int8, normal, padding_nan, random_rows, weight_bytes
+from minmo_kernels.testing import (
+    FORMATS,
+    dequantised,
+    generator,
+    group_of,
+    normal,
+    padding_nan,
+    quantised,
+    random_rows,
+    weight_bytes,
+)
 
 
 def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
-            "int8": st.booleans(),
+            "weights": st.sampled_from(FORMATS),
             "batch": st.integers(1, 4),
             "partials": st.integers(1, 5),
             "heads": st.sampled_from([1, 3, 4]),
@@ -27,7 +37,7 @@ def draw(st: Any) -> Any:
             "dim_out": st.sampled_from([32, 97]),
             "seed": st.integers(0, 2**31 - 1),
         }
-    )
+    ).filter(lambda case: case["heads"] * case["head_dim"] % group_of(case["weights"]) == 0)
 
 
 def make(case: Case) -> dict[str, Any]:
@@ -43,7 +53,7 @@ def make(case: Case) -> dict[str, Any]:
     return {
         "partials": partials,
         "lse": lse,
-        **maybe_int8("weight", weight, case["int8"]),
+        **quantised("weight", weight, case["weights"]),
         "residual": padding_nan(normal(g, batch, case["dim_out"], dtype=case["dtype"]), rows),
         "rows": rows,
     }
@@ -56,10 +66,11 @@ def oracle(
     residual: Tensor,
     rows: Tensor,
     weight_scale: Tensor | None = None,
+    weight_zero: Tensor | None = None,
 ) -> tuple[Tensor]:
     """Head by head, over the parts that saw something."""
     heads, dim = partials.shape[2:]
-    weight = dequantised(weight, weight_scale)
+    weight = dequantised(weight, weight_scale, weight_zero)
     out = torch.zeros(residual.shape, dtype=torch.float64)
     for b, row in enumerate(rows.tolist()):
         if row < 0:
@@ -93,9 +104,9 @@ def _number_of_parts(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, heads, head_dim."""
     for batch in (1, 8):
-        for int8 in (False, True):
+        for weights in ("full", "int8", "int4 g128"):
             yield {
-                "dtype": "bfloat16", "int8": int8, "batch": batch, "partials": 8, "heads": dims["heads"],
+                "dtype": "bfloat16", "weights": weights, "batch": batch, "partials": 8, "heads": dims["heads"],
                 "head_dim": dims["head_dim"], "dim_out": dims["dim"], "seed": 0,
             }  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from minmo_kernels.dispatch import Op, Request, check, check_tensor
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.append_kv import refuses_head_dim
-from minmo_kernels.ops.linear_residual import check_scale, refuses_many_rows, rows_bucket
+from minmo_kernels.ops.linear_residual import check_weight, refuses_many_rows, rows_bucket
 from minmo_kernels.ops.rms_norm_qkv_rope_append.reference import reference
 
 
@@ -28,11 +28,12 @@ def rms_norm_qkv_rope_append(
     rope_theta: float,
     ring: bool = False,
     weight_scale: Tensor | None = None,
+    weight_zero: Tensor | None = None,
 ) -> Tensor:
     """One new position a session: `append_kv(rms_norm(x) @ qkv_weight.T + qkv_bias)` without rounding in between.
 
     Shapes: x (batch, dim); norm_weight (dim,); qkv_weight ((heads + 2 kv_heads) head_dim, dim), packed [q | k | v],
-    or int8 with weight_scale (of as many values as rows) fp32; qkv_bias of as many values, or None; k_cache, v_cache
+    in a format of `linear_residual`; qkv_bias of as many values, or None; k_cache, v_cache
     (sessions, capacity, kv_heads, head_dim), written in place; rows (batch,) int32, -1 = padding; lengths (sessions,)
     int32, the positions already in each cache: the new one takes position lengths[row], in slot lengths[row] or, with
     `ring`, lengths[row] % capacity. The caller advances them.
@@ -44,19 +45,12 @@ def rms_norm_qkv_rope_append(
     name = "rms_norm_qkv_rope_append"
     check_tensor(name, "x", x, "batch dim", x.device)
     check_tensor(name, "norm_weight", norm_weight, "dim", x.device, x.dtype)
-    check_tensor(name, "qkv_weight", qkv_weight, "packed dim", x.device, x.dtype, torch.int8)
-    check_scale(name, qkv_weight, weight_scale)
     for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, label, cache, "sessions capacity kv_heads head_dim", x.device, x.dtype)
     check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
     check_tensor(name, "lengths", lengths, "sessions", x.device, torch.int32)
     wanted = ((heads + 2 * kv_heads) * k_cache.shape[3], x.shape[1])
-    check(
-        tuple(qkv_weight.shape) == wanted,
-        lambda: (
-            f"{name}: qkv_weight must be ((heads + 2 kv_heads) head_dim, dim) = {wanted}, got {tuple(qkv_weight.shape)}"
-        ),
-    )
+    check_weight(name, "qkv_weight", qkv_weight, weight_scale, weight_zero, wanted, x.dtype)
     check(
         norm_weight.shape[0] == x.shape[1],
         lambda: f"{name}: norm_weight has {norm_weight.shape[0]} values, x {x.shape[1]}",
@@ -83,6 +77,7 @@ def rms_norm_qkv_rope_append(
         rows,
         lengths,
         weight_scale,
+        weight_zero,
         heads,
         kv_heads,
         eps,
@@ -98,11 +93,11 @@ def _refuses(request: Request) -> str | None:
 OP = Op(
     "rms_norm_qkv_rope_append",
     "(Tensor x, Tensor norm_weight, Tensor qkv_weight, Tensor? qkv_bias, Tensor(a!) k_cache, Tensor(b!) v_cache,"
-    " Tensor rows, Tensor lengths, Tensor? weight_scale, int heads, int kv_heads, float eps, float rope_theta,"
-    " bool ring) -> Tensor",
+    " Tensor rows, Tensor lengths, Tensor? weight_scale, Tensor? weight_zero, int heads, int kv_heads, float eps,"
+    " float rope_theta, bool ring) -> Tensor",
     reference=reference,
-    fake=lambda x, norm_weight, qkv_weight, qkv_bias, k_cache, v_cache, rows, lengths, weight_scale, heads, *rest: (
-        x.new_empty((x.shape[0], heads, k_cache.shape[3]))
+    fake=lambda x, norm, weight, bias, k_cache, v_cache, rows, lengths, scale, zero, heads, *rest: x.new_empty(
+        (x.shape[0], heads, k_cache.shape[3])
     ),
     features=lambda x, norm, weight, bias, k, *args: {"ring": args[-1], "dim": k.shape[3], "rows": rows_bucket(len(x))},
     backends=(triton_backend("rms_norm_qkv_rope_append", _refuses),),

@@ -9,6 +9,7 @@ from torch import Tensor
 from minmo_kernels import tuning
 from minmo_kernels.launch import launch, target, triton_dtype
 from minmo_kernels.ops.append_kv.kernel import store_kv
+from minmo_kernels.ops.linear_residual import group_size, weight_bits
 from minmo_kernels.tiles import project, rope_table, rotation
 
 
@@ -22,6 +23,7 @@ def run(
     rows: Tensor,
     lengths: Tensor,
     weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
     heads: int,
     kv_heads: int,
     eps: float,
@@ -31,12 +33,14 @@ def run(
     batch, (capacity, dim) = x.shape[0], (k_cache.shape[1], k_cache.shape[3])
     q = x.new_empty(batch, heads, dim)
     bucket = tuning.bucket_of(batch)
-    tile = tuning.config("rms_norm_qkv_rope_append", target(x), rows=bucket, weight=qkv_weight.dtype.itemsize)
+    tile = tuning.config("rms_norm_qkv_rope_append", target(x), rows=bucket, bits=weight_bits(qkv_weight))
+    tile = {**tile, "BLOCK_N": min(tile["BLOCK_N"], dim)}  # a program stays within one head
     launch(
         _qkv, (triton.cdiv(dim, tile["BLOCK_N"]), heads + 2 * kv_heads, 1),
-        x, norm_weight, qkv_weight, weight_scale, qkv_bias, k_cache, v_cache, rows, lengths,
+        x, norm_weight, qkv_weight, weight_scale, weight_zero, qkv_bias, k_cache, v_cache, rows, lengths,
         rope_table(rope_theta, dim, x.device), q, batch, capacity, eps,
-        HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, RING=ring, DIM=x.shape[1], ROWS=bucket,
+        HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, RING=ring, DIM=x.shape[1], GROUP=group_size(qkv_weight,
+        weight_zero), ROWS=bucket,
         DOT=triton_dtype(x.dtype), **tile,
     )  # fmt: skip
     return q
@@ -44,24 +48,27 @@ def run(
 
 @triton.jit(do_not_specialize=["batch", "capacity", "eps"])
 def _qkv(
-    x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr, table_ptr, q_ptr, batch,
+    x_ptr, norm_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr, table_ptr, q_ptr,
+    batch,
     capacity, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, RING: tl.constexpr, DIM: tl.constexpr,
-    ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     qkv_tile(
-        tl.program_id(1), tl.program_id(0), x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, k_ptr, v_ptr, rows_ptr,
+        tl.program_id(1), tl.program_id(0), x_ptr, norm_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, k_ptr, v_ptr,
+        rows_ptr,
         lengths_ptr, table_ptr, q_ptr, batch, capacity, eps,
-        HEADS, KV_HEADS, HALF, RING, DIM, ROWS, DOT, BLOCK_N, BLOCK_K,
+        HEADS, KV_HEADS, HALF, RING, DIM, GROUP, ROWS, DOT, BLOCK_N, BLOCK_K,
     )  # fmt: skip
 
 
 @triton.jit
 def qkv_tile(
-    head, block, x_ptr, norm_ptr, weight_ptr, scale_ptr, bias_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr, table_ptr,
+    head, block, x_ptr, norm_ptr, weight_ptr, scale_ptr, zero_ptr, bias_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr,
+    table_ptr,
     q_ptr, batch, capacity, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, RING: tl.constexpr, DIM: tl.constexpr,
-    ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Pairs block * BLOCK_N / 2 ... of a packed head, both halves of each, for every row of the batch."""
     pairs: tl.constexpr = BLOCK_N // 2
@@ -69,8 +76,8 @@ def qkv_tile(
     j = tl.arange(0, BLOCK_N)
     n = head * (2 * HALF) + block * pairs + j // 2 + j % 2 * HALF
     both = project(
-        x_ptr, None, norm_ptr, weight_ptr, scale_ptr, rows_ptr, n, batch, 1, eps,
-        DIM, total, "normed", 1, ROWS, DOT, BLOCK_N, BLOCK_K,
+        x_ptr, None, norm_ptr, weight_ptr, scale_ptr, zero_ptr, rows_ptr, n, batch, 1, eps,
+        DIM, total, "normed", 1, GROUP, ROWS, DOT, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if bias_ptr is not None:
         both += tl.load(bias_ptr + n).to(tl.float32)[None, :]
@@ -91,4 +98,6 @@ def qkv_tile(
     is_q = (m < batch) & (head < HEADS) & (i >= 0)
     tl.store(q_ptr + place, first, mask=is_q)
     tl.store(q_ptr + place + HALF, second, mask=is_q)
-    store_kv(first, second, k_ptr, v_ptr, row, position, capacity, head, i, exists, HEADS, KV_HEADS, HALF, RING)
+    store_kv(
+        first, second, k_ptr, v_ptr, None, None, row, position, capacity, head, i, exists, HEADS, KV_HEADS, HALF, RING
+    )

@@ -20,6 +20,7 @@ def reference(
     rows: Tensor,
     lengths: Tensor,
     weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
     heads: int,
     kv_heads: int,
     eps: float,
@@ -27,8 +28,9 @@ def reference(
     ring: bool,
 ) -> Tensor:
     normed = normalise(torch.where((rows >= 0)[:, None], x, 0.0), norm_weight, eps)
-    qkv = normed @ dequantised(qkv_weight, weight_scale, normed.dtype).T
+    qkv = normed @ dequantised(qkv_weight, weight_scale, weight_zero, normed.dtype).T
     q = append_reference(
-        qkv[:, None], qkv_bias, k_cache, v_cache, rows, lengths, None, heads, kv_heads, rope_theta, True, ring
-    )
+        qkv[:, None], qkv_bias, k_cache, v_cache, rows, lengths, None, None, None, heads, kv_heads, rope_theta, True,
+        ring,
+    )  # fmt: skip
     return q[:, 0].to(x.dtype)

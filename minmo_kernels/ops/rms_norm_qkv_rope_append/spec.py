@@ -13,16 +13,26 @@ from minmo_kernels.ops.append_kv import append_kv
 from minmo_kernels.ops.rms_norm import rms_norm
 from minmo_kernels.ops.rms_norm_qkv_rope_append import rms_norm_qkv_rope_append
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import dequantised, generator, maybe_int8, normal, padding_nan, random_rows, weight_bytes
+from minmo_kernels.testing import (
+    FORMATS,
+    dequantised,
+    generator,
+    group_of,
+    normal,
+    padding_nan,
+    quantised,
+    random_rows,
+    weight_bytes,
+)
 
 
 def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
-            "int8": st.booleans(),
+            "weights": st.sampled_from(FORMATS),
             "batch": st.integers(1, 4),
-            "dim": st.sampled_from([32, 96, 130]),
+            "dim": st.sampled_from([32, 96, 130, 256]),
             "heads": st.sampled_from([(1, 1), (4, 2), (7, 1)]),
             "head_dim": st.sampled_from([64, 128]),
             "capacity": st.integers(4, 12),
@@ -30,7 +40,7 @@ def draw(st: Any) -> Any:
             "bias": st.booleans(),
             "seed": st.integers(0, 2**31 - 1),
         }
-    )
+    ).filter(lambda case: case["dim"] % group_of(case["weights"]) == 0)
 
 
 def make(case: Case) -> dict[str, Any]:
@@ -44,7 +54,7 @@ def make(case: Case) -> dict[str, Any]:
     return {
         "x": padding_nan(normal(g, batch, dim, dtype=dtype), rows),
         "norm_weight": normal(g, dim, dtype=dtype),
-        **maybe_int8("qkv_weight", normal(g, packed, dim, dtype=dtype, scale=dim**-0.5), case["int8"]),
+        **quantised("qkv_weight", normal(g, packed, dim, dtype=dtype, scale=dim**-0.5), case["weights"]),
         "qkv_bias": normal(g, packed, dtype=dtype) if case["bias"] else None,
         "k_cache": normal(g, *cache, dtype=dtype),
         "v_cache": normal(g, *cache, dtype=dtype),
@@ -73,12 +83,13 @@ def oracle(
     rope_theta: float,
     ring: bool,
     weight_scale: Tensor | None = None,
+    weight_zero: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Entry by entry; the norm folded into the weight, the rotation as a product of complex numbers."""
     capacity, dim = k_cache.shape[1], k_cache.shape[3]
     k_out, v_out = k_cache.double().clone(), v_cache.double().clone()
     out = torch.zeros(x.shape[0], heads, dim, dtype=torch.float64)
-    weight = dequantised(qkv_weight, weight_scale) * norm_weight.double()
+    weight = dequantised(qkv_weight, weight_scale, weight_zero) * norm_weight.double()
 
     def turn(vectors: Tensor, position: int) -> Tensor:
         turned = vectors.clone()
@@ -104,7 +115,7 @@ def oracle(
 
 def _equals_its_parts(case: Case) -> None:
     """In fp32 the fused operation equals rms_norm, a matrix product and append_kv."""
-    arguments = make(dict(case, dtype="float32", int8=False))
+    arguments = make(dict(case, dtype="float32", weights="full"))
     k, v = arguments["k_cache"].clone(), arguments["v_cache"].clone()
     q = rms_norm_qkv_rope_append(**arguments)
     qkv = rms_norm(arguments["x"], arguments["norm_weight"], arguments["rows"], eps=arguments["eps"])
@@ -120,9 +131,9 @@ def _equals_its_parts(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, heads, kv_heads, head_dim, capacity."""
     for batch in (1, 8):
-        for int8 in (False, True):
+        for weights in ("full", "int8", "int4 g128"):
             yield {
-                "dtype": "bfloat16", "int8": int8, "batch": batch, "dim": dims["dim"],
+                "dtype": "bfloat16", "weights": weights, "batch": batch, "dim": dims["dim"],
                 "heads": (dims["heads"], dims["kv_heads"]), "head_dim": dims["head_dim"],
                 "capacity": dims["capacity"], "ring": False, "bias": True, "seed": 0,
             }  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from minmo_kernels.dispatch import Op, check, check_counts, check_tensor, looks_at_values
 from minmo_kernels.launch import triton_backend
-from minmo_kernels.ops.append_kv import refuses_head_dim
+from minmo_kernels.ops.append_kv import check_cache_scales, refuses_head_dim
 from minmo_kernels.ops.streaming_attention import backends
 from minmo_kernels.ops.streaming_attention.reference import first_visible, reference
 
@@ -24,6 +24,8 @@ def streaming_attention(
     lengths: Tensor,
     q_lengths: Tensor | None = None,
     *,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     mask: str = "causal",
     window: int = 0,
     chunk: int = 0,
@@ -43,7 +45,8 @@ def streaming_attention(
 
     Caches: position p lies in slot p, or with `ring` in slot p % capacity (the last `capacity` positions exist; a
     bounded mask is then required, and capacity must hold all that the call's queries see). One shot: the sequence's
-    own keys and values are the cache.
+    own keys and values are the cache. They hold q's dtype, or int8 with k_scale and v_scale (sessions, capacity,
+    kv_heads) fp32, as `append_kv` writes them: number * scale.
 
     Masks: "full", every position; "causal", key <= query (bottom-right), within the last `window` positions where
     window > 0 (the query's own counts); "chunk", with c(p) = (p + chunk_offset) // chunk: c(key) <= c(query), and
@@ -61,12 +64,12 @@ def streaming_attention(
     name = "streaming_attention"
     check_tensor(name, "q", q, "batch T heads dim", q.device)
     for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        check_tensor(name, label, cache, "sessions capacity kv_heads dim", q.device, q.dtype)
+        check_tensor(name, label, cache, "sessions capacity kv_heads dim", q.device, q.dtype, torch.int8)
+    check_cache_scales(name, k_cache, v_cache, k_scale, v_scale)
     check_tensor(name, "rows", rows, "batch", q.device, torch.int32)
     check_tensor(name, "lengths", lengths, "sessions", q.device, torch.int32)
     batch, queries, heads, dim = q.shape
     sessions, capacity, kv_heads, _ = k_cache.shape
-    check(k_cache.shape == v_cache.shape, lambda: f"{name}: k_cache and v_cache differ in shape")
     check(k_cache.shape[3] == dim, lambda: f"{name}: q has head dimension {dim}, the caches {k_cache.shape[3]}")
     check(heads % kv_heads == 0, lambda: f"{name}: {heads} heads are no multiple of {kv_heads} kv heads")
     check(rows.shape[0] == batch, lambda: f"{name}: rows has {rows.shape[0]} entries for a batch of {batch}")
@@ -87,8 +90,8 @@ def streaming_attention(
     if looks_at_values(q):
         check_on_host(rows, lengths, q_lengths, queries, capacity, mask, window, chunk, left_chunks, chunk_offset, ring)
     out, lse = OP(
-        q, k_cache, v_cache, rows, lengths, q_lengths, mask, window, chunk, left_chunks, chunk_offset, ring,
-        dim**-0.5 if scale is None else scale, partials, return_lse or partials > 0,
+        q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask, window, chunk, left_chunks,
+        chunk_offset, ring, dim**-0.5 if scale is None else scale, partials, return_lse or partials > 0,
     )  # fmt: skip
     return (out, lse) if return_lse or partials > 0 else out
 
@@ -131,7 +134,8 @@ def check_on_host(
             )
 
 
-def _fake(q, k_cache, v_cache, rows, lengths, q_lengths, mask, window, chunk, left_chunks, chunk_offset, ring, scale,
+def _fake(q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask, window, chunk, left_chunks,
+          chunk_offset, ring, scale,
           partials, return_lse):  # fmt: skip
     batch, queries, heads, dim = q.shape
     parts = (batch, partials) if partials else (batch,)
@@ -140,15 +144,17 @@ def _fake(q, k_cache, v_cache, rows, lengths, q_lengths, mask, window, chunk, le
     return out, lse
 
 
-def _features(q, k_cache, v_cache, rows, lengths, q_lengths, mask, window, chunk, left_chunks, chunk_offset, ring,
+def _features(q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask, window, chunk, left_chunks,
+              chunk_offset, ring,
               scale, partials, return_lse):  # fmt: skip
     return {"mask": mask, "ring": ring, "dim": q.shape[3], "lse": return_lse, "partials": partials > 0}
 
 
 OP = Op(
     "streaming_attention",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor rows, Tensor lengths, Tensor? q_lengths, str mask, int window,"
-    " int chunk, int left_chunks, int chunk_offset, bool ring, float scale, int partials, bool return_lse)"
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor rows, Tensor lengths, Tensor? q_lengths,"
+    " Tensor? k_scale, Tensor? v_scale, str mask, int window, int chunk, int left_chunks, int chunk_offset, bool"
+    " ring, float scale, int partials, bool return_lse)"
     " -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,

@@ -19,6 +19,8 @@ def _refuses(request: Request) -> str | None:
         return "reads lengths on the host, so it serves on a CPU only"
     if request.features["lse"] or request.features["partials"]:
         return "scaled_dot_product_attention returns no log-sum-exp"
+    if torch.int8 in request.dtypes:
+        return "scaled_dot_product_attention takes no int8 caches"
     return None
 
 
@@ -29,6 +31,8 @@ def _run(
     rows: Tensor,
     lengths: Tensor,
     q_lengths: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     mask: str,
     window: int,
     chunk: int,

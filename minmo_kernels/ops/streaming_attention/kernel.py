@@ -23,6 +23,8 @@ def run(
     rows: Tensor,
     lengths: Tensor,
     q_lengths: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     mask: str,
     window: int,
     chunk: int,
@@ -46,8 +48,8 @@ def run(
     lse = q.new_empty((*axes, queries, heads) if split or return_lse else (0,), dtype=torch.float32)
     launch(
         _attention, (blocks * kv_heads, parts, batch),
-        q, k_cache, v_cache, rows, lengths, q_lengths, out, lse if split or return_lse else None, queries, capacity,
-        window, chunk, left_chunks, chunk_offset, scale,
+        q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, out, lse if split or return_lse else None,
+        queries, capacity, window, chunk, left_chunks, chunk_offset, scale,
         HEADS=heads, KV_HEADS=kv_heads, DIM=dim, MASK=mask, RING=ring, **tile,
     )  # fmt: skip
     if not split or partials > 0:
@@ -64,24 +66,24 @@ def run(
 
 @triton.jit(do_not_specialize=["queries", "capacity", "window", "chunk", "left_chunks", "chunk_offset", "scale"])
 def _attention(
-    q_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr, q_lengths_ptr, out_ptr, lse_ptr, queries, capacity, window, chunk,
-    left_chunks, chunk_offset, scale,
+    q_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr, q_lengths_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, queries,
+    capacity, window, chunk, left_chunks, chunk_offset, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr, RING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     attention_tile(
         tl.program_id(2), tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS, tl.program_id(1),
         tl.num_programs(1),
-        q_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr, q_lengths_ptr, out_ptr, lse_ptr, queries, capacity, window, chunk,
-        left_chunks, chunk_offset, scale, HEADS, KV_HEADS, DIM, MASK, RING, BLOCK_M, BLOCK_N,
+        q_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr, q_lengths_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, queries,
+        capacity, window, chunk, left_chunks, chunk_offset, scale, HEADS, KV_HEADS, DIM, MASK, RING, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit
 def attention_tile(
     entry, kv_head, block, part, parts,
-    q_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr, q_lengths_ptr, out_ptr, lse_ptr, queries, capacity, window, chunk,
-    left_chunks, chunk_offset, scale,
+    q_ptr, k_ptr, v_ptr, rows_ptr, lengths_ptr, q_lengths_ptr, k_scale_ptr, v_scale_ptr, out_ptr, lse_ptr, queries,
+    capacity, window, chunk, left_chunks, chunk_offset, scale,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, MASK: tl.constexpr, RING: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -127,9 +129,12 @@ def attention_tile(
         key = slot
         if RING:
             key = end - 1 - (end - 1 - slot + capacity) % capacity
-        at = ((base + slot) * KV_HEADS + kv_head)[:, None] * DIM + d[None, :]
-        k = tl.load(k_ptr + at, mask=written[:, None], other=0.0)
+        vector = (base + slot) * KV_HEADS + kv_head
+        at = vector[:, None] * DIM + d[None, :]
+        k = tl.load(k_ptr + at, mask=written[:, None], other=0).to(q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+        if k_scale_ptr is not None:
+            scores *= tl.load(k_scale_ptr + vector, mask=written, other=0.0)[None, :]
         see = visible(query[:, None], key[None, :], window, chunk, left_chunks, chunk_offset, MASK)
         scores = tl.where(see & written[None, :] & exists[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, axis=1))
@@ -137,8 +142,11 @@ def attention_tile(
         weight = tl.exp2(scores - safe[:, None])
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(weight, axis=1)
-        v = tl.load(v_ptr + at, mask=written[:, None], other=0.0)
-        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        v = tl.load(v_ptr + at, mask=written[:, None], other=0)
+        if v_scale_ptr is not None:
+            v = v.to(tl.float32) * tl.load(v_scale_ptr + vector, mask=written, other=0.0)[:, None]
+        v = v.to(q.dtype)
+        out = tl.dot(weight.to(q.dtype), v, out * shrink[:, None], input_precision="ieee")
         top = new_top
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
 

@@ -15,6 +15,8 @@ def reference(
     rows: Tensor,
     lengths: Tensor,
     q_lengths: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     mask: str,
     window: int,
     chunk: int,
@@ -37,8 +39,10 @@ def reference(
     see = see & visible(query[:, :, None], key[:, None], mask, window, chunk, left_chunks, chunk_offset)
 
     # What a session has not written may be NaN, and 0 * NaN is NaN: such slots become zeros.
-    k = torch.where(written[:, :, None, None], k_cache[index], 0.0).to(kind)
-    v = torch.where(written[:, :, None, None], v_cache[index], 0.0).to(kind)
+    k, v = (
+        torch.where(written[:, :, None, None], _values(cache[index], scales, index, kind), 0.0)
+        for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
+    )
     grouped = torch.where(exists[:, :, None, None], q, 0.0).to(kind).unflatten(2, (kv_heads, heads // kv_heads))
     scores = torch.einsum("bthgd,bshd->bthgs", grouped * scale, k)
     scores = scores.masked_fill(~see[:, :, None, None], float("-inf"))
@@ -50,6 +54,11 @@ def reference(
     spans = [slice(i * width, min((i + 1) * width, capacity)) for i in range(partials)]
     parts = [_softmax_sum(scores[..., s], v[:, s]) for s in spans]
     return torch.stack([p[0] for p in parts], 1).float(), torch.stack([p[1] for p in parts], 1).float()
+
+
+def _values(cached: Tensor, scales: Tensor | None, index: Tensor, kind: torch.dtype) -> Tensor:
+    """Cached numbers in the compute dtype."""
+    return cached.to(kind) if scales is None else cached.to(kind) * scales[index][..., None].to(kind)
 
 
 def query_positions(end: Tensor, rows: Tensor, q_lengths: Tensor | None, queries: int) -> tuple[Tensor, Tensor]:

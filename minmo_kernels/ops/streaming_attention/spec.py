@@ -14,9 +14,11 @@ from minmo_kernels.spec import Case, OpSpec
 from minmo_kernels.testing import (
     assert_reference_matches,
     beyond_lengths_nan,
+    dequantised_cache,
     generator,
     max_error,
     normal,
+    quantised_cache,
     random_rows,
 )
 
@@ -41,6 +43,7 @@ def draw(st: Any) -> Any:
             "heads": st.sampled_from([(1, 1), (2, 1), (4, 2), (3, 1), (7, 1)]),
             "dim": st.sampled_from([64, 128]),
             "capacity": st.integers(12, 24),
+            "int8": st.booleans(),
             "scale": st.sampled_from([None, 0.3]),
             "all_queries": st.booleans(),
             "seed": st.integers(0, 2**31 - 1),
@@ -60,8 +63,14 @@ def make(case: Case) -> dict[str, Any]:
     if case["all_queries"]:
         q_lengths.fill_(queries)
     q = normal(g, batch, queries, heads, case["dim"], dtype=case["dtype"])
-    k = normal(g, sessions, capacity, kv_heads, case["dim"], dtype=case["dtype"])
-    v = normal(g, sessions, capacity, kv_heads, case["dim"], dtype=case["dtype"])
+    k, v = (normal(g, sessions, capacity, kv_heads, case["dim"], dtype=case["dtype"]) for _ in range(2))
+    scales: dict[str, Tensor] = {}
+    if case["int8"]:
+        (k, k_scale), (v, v_scale) = quantised_cache(k), quantised_cache(v)
+        scales = {
+            "k_scale": beyond_lengths_nan(k_scale, lengths),
+            "v_scale": beyond_lengths_nan(v_scale, lengths),
+        }
     return {
         "q": beyond_lengths_nan(q, q_lengths),
         "k_cache": beyond_lengths_nan(k, lengths),
@@ -71,6 +80,7 @@ def make(case: Case) -> dict[str, Any]:
         "q_lengths": None if case["all_queries"] else q_lengths,
         "scale": case["scale"],
         "return_lse": True,
+        **scales,
         **form,
     }
 
@@ -83,6 +93,8 @@ def oracle(
     lengths: Tensor,
     q_lengths: Tensor | None,
     mask: str,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     window: int = 0,
     chunk: int = 0,
     left_chunks: int = -1,
@@ -92,6 +104,7 @@ def oracle(
     return_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Query by query and key by key, over an explicit list of the positions that the query sees."""
+    k_cache, v_cache = dequantised_cache(k_cache, k_scale), dequantised_cache(v_cache, v_scale)
     batch, queries, heads, dim = q.shape
     capacity, group = k_cache.shape[1], heads // k_cache.shape[2]
     counts = [queries] * batch if q_lengths is None else q_lengths.tolist()
@@ -110,10 +123,10 @@ def oracle(
                 seen = [p for p, n in behind if n >= 0 and (left_chunks < 0 or n <= left_chunks)]
             slots = [p % capacity for p in seen]
             for h in range(heads):
-                keys = k_cache[row, slots, h // group].double()
+                keys = k_cache[row, slots, h // group]
                 scores = keys @ q[b, t, h].double() * (1 / math.sqrt(dim) if scale is None else scale)
                 lse[b, t, h] = torch.logsumexp(scores, 0)
-                out[b, t, h] = torch.softmax(scores, 0) @ v_cache[row, slots, h // group].double()
+                out[b, t, h] = torch.softmax(scores, 0) @ v_cache[row, slots, h // group]
     return out, lse
 
 
@@ -152,19 +165,19 @@ def _assert_equal(first: Tensor, second: Tensor) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode and prefill of a decoder with these sizes: heads, kv_heads, head_dim, capacity."""
     for batch in (1, 8):
-        for queries in (1, 64):
+        for queries, int8 in ((1, False), (1, True), (64, False)):
             yield {
                 "form": "causal", "dtype": "bfloat16", "batch": batch, "queries": queries,
                 "heads": (dims["heads"], dims["kv_heads"]), "dim": dims["head_dim"], "scale": None, "all_queries": True,
-                "capacity": dims["capacity"], "seed": 0,
+                "capacity": dims["capacity"], "int8": int8, "seed": 0,
             }  # fmt: skip
 
 
 def moved_bytes(case: Case) -> int:
     size = getattr(torch, case["dtype"]).itemsize
     heads, kv_heads = case["heads"]
-    cache = 2 * case["capacity"] * kv_heads
-    return size * case["batch"] * case["dim"] * (cache + 2 * case["queries"] * heads)
+    cache = 2 * case["capacity"] * kv_heads * (case["dim"] + 4 if case["int8"] else size * case["dim"])
+    return case["batch"] * (cache + 2 * size * case["dim"] * case["queries"] * heads)
 
 
 def flops(case: Case) -> int:
