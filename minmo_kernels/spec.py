@@ -40,6 +40,8 @@ class OpSpec:
     bytes: Callable[[Case], int]
     flops: Callable[[Case], int]
     mutates: tuple[str, ...] = ()
+    variants: tuple[Mapping[str, Any], ...] = ()
+    """Changes to a case that launch other kernels or configurations than `cases` do, for the compile gate."""
     batched: tuple[str, ...] = ()
     """Arguments whose first axis is the batch (`rows` included): permuting them permutes the outputs."""
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")

@@ -1,6 +1,7 @@
 """Tools for testing operations, ours or a third party's: the tolerance rule, poisoned data, seeded tensors."""
 
 from minmo_kernels.testing.data import (
+    BUCKETS,
     FORMATS,
     beyond_lengths_nan,
     dequantised,
@@ -18,6 +19,7 @@ from minmo_kernels.testing.data import (
 from minmo_kernels.testing.tolerance import assert_as_good_as_reference, assert_reference_matches, max_error
 
 __all__ = [
+    "BUCKETS",
     "FORMATS",
     "assert_as_good_as_reference",
     "assert_reference_matches",

@@ -48,6 +48,9 @@ FORMATS = ("full", "int8", "int4 g32", "int4 g64", "int4 g128")
 """Weight formats of cases: the activations' dtype, int8 with a scale a row, int4 with a scale and a zero point a group
 of so many inputs."""
 
+BUCKETS = tuple({"batch": batch, "weights": form} for batch in (2, 64) for form in ("full", "int8", "int4 g32"))
+"""Variants of the projections' cases: buckets that have a launch configuration of their own."""
+
 
 def group_of(form: str) -> int:
     """Inputs that share a scale in an int4 format; 1 for the others, which any width suits."""

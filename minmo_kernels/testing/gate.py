@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -17,24 +19,41 @@ from minmo_kernels.launch import Launch, launches
 from minmo_kernels.spec import Case, OpSpec, load_all
 from minmo_kernels.testing.binary import Binary
 
+SIZES = ("DIM", "DIM_OUT", "HEADS", "KV_HEADS", "HIDDEN", "EMBEDDING", "VOCAB")
+"""Constants whose value above 128 (a head's) changes the number of a loop's turns or an address, and no registers."""
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory that a block may have, for each capability that the gate compiles for."""
 REGISTER_SLACK = 8
 """Registers that a kernel may grow by before its budget counts as broken; allocation moves in steps of 8."""
 
 
-def shipped(parts: Mapping[str, Mapping[str, int]], sm: int) -> Iterator[tuple[str, str, Case, Launch]]:
-    """(operation, part, case, launch) for each different binary that a model of these sizes launches on `sm`.
+def shipped(
+    parts: Mapping[str, Mapping[str, int]], sm: int, operation: str | None = None
+) -> Iterator[tuple[str, str, Case, Launch]]:
+    """(operation, part, case, launch) for each configuration that a model of these sizes launches on `sm`: binaries
+    that differ only in widths (SIZES) are represented by the first. operation: this one alone.
 
-    Cases come in their own dtype, and the first of each operation in every other dtype that its spec declares.
+    Cases come as they are; the first of each operation also in every other dtype that its spec declares, and in the
+    spec's variants.
     """
     seen = set()
     for name, spec in load_all().items():
+        if operation not in (None, name):
+            continue
         for index, (part, case) in enumerate(spec.cases_of(parts)):
-            dtypes = [case["dtype"], *(d for d in spec.dtypes if index == 0 and d != case["dtype"])]
-            for dtype in dtypes:
-                for record in _launches(spec, {**case, "dtype": dtype}, sm):
-                    if record.key not in seen:
-                        seen.add(record.key)
-                        yield name, part, {**case, "dtype": dtype}, record
+            changes: list[Mapping[str, Any]] = [{}]
+            if index == 0:
+                changes += [*({"dtype": dtype} for dtype in spec.dtypes), *spec.variants]
+            for change in changes:
+                changed = {**case, **change}
+                for record in _launches(spec, changed, sm):
+                    if (kind := _configuration(record)) not in seen:
+                        seen.add(kind)
+                        yield name, part, changed, record
+
+
+def _configuration(record: Launch) -> str:
+    return replace(record, constants={k: v for k, v in record.constants.items() if k not in SIZES or v <= 128}).key
 
 
 def _launches(spec: OpSpec, case: Case, sm: int) -> list[Launch]:
@@ -55,13 +74,25 @@ def measured(binary: Binary) -> dict[str, int]:
     return {"registers": binary.registers, "shared": binary.shared}
 
 
-def over_budget(binary: Binary, budget: Mapping[str, int]) -> str | None:
-    """None, or what the kernel uses more of than its budget."""
-    if binary.registers > budget["registers"] + REGISTER_SLACK:
-        return f"{binary.registers} registers, budget {budget['registers']}"
-    if binary.shared > budget["shared"]:
-        return f"{binary.shared} bytes of shared memory, budget {budget['shared']}"
-    return None
+def faults(record: Launch, binary: Binary, sm: int, budget: Mapping[str, int] | None, known: bool) -> Iterator[str]:
+    """What the gate does not let pass of a launch's binary. budget: its own, None = none is written; known: whether
+    this version of Triton has budgets at all (one that has none only reports)."""
+    if binary.stack:
+        yield f"it keeps {binary.stack} bytes a thread in memory: registers spill"
+    if binary.shared > SHARED_LIMIT[sm]:
+        yield f"{binary.shared} bytes of shared memory; sm_{sm} has {SHARED_LIMIT[sm]}"
+    for instruction, expected in expected_instructions(record, sm).items():
+        if (binary.count(instruction) > 0) != expected:
+            yield f"{binary.count(instruction)} {instruction} instructions, expected {'some' if expected else 'none'}"
+    if not known:
+        return
+    if budget is None:
+        yield "it has no budget; profiling/static_report.py --write-budgets writes one"
+    else:
+        if binary.registers > budget["registers"] + REGISTER_SLACK:
+            yield f"{binary.registers} registers, budget {budget['registers']}"
+        if binary.shared > budget["shared"]:
+            yield f"{binary.shared} bytes of shared memory, budget {budget['shared']}"
 
 
 def read_budgets(path: Path) -> dict[str, dict[str, int]]:

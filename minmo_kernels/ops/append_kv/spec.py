@@ -194,6 +194,7 @@ SPEC = OpSpec(
     bytes=moved_bytes,
     flops=flops,
     mutates=("k_cache", "v_cache", "k_scale", "v_scale"),
+    variants=({"ring": True}, {"rope": False}),
     batched=("qkv", "rows", "q_lengths"),
     invariants={
         "append then attend": _append_then_attend,

@@ -11,6 +11,7 @@ from torch import Tensor
 from minmo_kernels.ops.gate_up_swiglu import gate_up_swiglu
 from minmo_kernels.spec import Case, OpSpec
 from minmo_kernels.testing import (
+    BUCKETS,
     FORMATS,
     dequantised,
     generator,
@@ -107,6 +108,7 @@ SPEC = OpSpec(
     cases=cases,
     bytes=moved_bytes,
     flops=flops,
+    variants=BUCKETS,
     batched=("x", "rows"),
     invariants={"units are independent": _units_are_independent},
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 from minmo_kernels.ops.linear_residual import linear_residual
 from minmo_kernels.spec import Case, OpSpec
 from minmo_kernels.testing import (
+    BUCKETS,
     FORMATS,
     dequantised,
     generator,
@@ -103,6 +104,7 @@ SPEC = OpSpec(
     cases=cases,
     bytes=moved_bytes,
     flops=flops,
+    variants=BUCKETS,
     batched=("x", "residual", "rows"),
     invariants={"sum of halves": _sum_of_halves},
 )

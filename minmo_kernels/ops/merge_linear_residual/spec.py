@@ -13,6 +13,7 @@ from minmo_kernels.ops.merge_linear_residual import merge_linear_residual
 from minmo_kernels.ops.streaming_attention import streaming_attention
 from minmo_kernels.spec import Case, OpSpec
 from minmo_kernels.testing import (
+    BUCKETS,
     FORMATS,
     dequantised,
     generator,
@@ -133,6 +134,7 @@ SPEC = OpSpec(
     cases=cases,
     bytes=moved_bytes,
     flops=flops,
+    variants=BUCKETS,
     batched=("partials", "lse", "residual", "rows"),
     invariants={"number of parts": _number_of_parts},
 )

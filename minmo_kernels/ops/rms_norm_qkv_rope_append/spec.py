@@ -14,6 +14,7 @@ from minmo_kernels.ops.rms_norm import rms_norm
 from minmo_kernels.ops.rms_norm_qkv_rope_append import rms_norm_qkv_rope_append
 from minmo_kernels.spec import Case, OpSpec
 from minmo_kernels.testing import (
+    BUCKETS,
     FORMATS,
     dequantised,
     generator,
@@ -163,6 +164,7 @@ SPEC = OpSpec(
     bytes=moved_bytes,
     flops=flops,
     mutates=("k_cache", "v_cache"),
+    variants=BUCKETS,
     batched=("x", "rows"),
     invariants={"equals its parts": _equals_its_parts},
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ def make(case: Case) -> dict[str, Any]:
     for b, row in enumerate(rows.tolist()):
         if row >= 0 and temperature[row] > 0:
             before = [p for _, p in ranked(_weights(logits[b], float(temperature[row]), banned[b].tolist()))]
-            while top_p[row] < 1 and min(abs(p - float(top_p[row])) for p in before) < 1e-5:
-                top_p[row] += 1e-4
+            if top_p[row] < 1 and min(abs(p - float(top_p[row])) for p in before) < 1e-5:
+                top_p[row] = max((high - low, (low + high) / 2) for low, high in pairwise([*before, 1.0]))[1]
     return {
         "logits": logits,
         "rows": rows,
@@ -79,7 +80,8 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 def _weights(logits: Tensor, temperature: float, banned: list[int]) -> dict[int, float]:
     """exp(logit / temperature) of every id that may be drawn, up to a common factor."""
     values = {i: x / temperature for i, x in enumerate(logits.tolist()) if i not in banned}
-    return {i: math.exp(x - max(values.values())) for i, x in values.items()}
+    largest = max(values.values())
+    return {i: math.exp(x - largest) for i, x in values.items()}
 
 
 def ranked(weights: Mapping[int, float]) -> list[tuple[int, float]]:

@@ -134,9 +134,10 @@ def check_on_host(
             )
 
 
-def _fake(q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask, window, chunk, left_chunks,
-          chunk_offset, ring, scale,
-          partials, return_lse):  # fmt: skip
+def _fake(
+    q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask, window, chunk, left_chunks, chunk_offset,
+    ring, scale, partials, return_lse,
+):  # fmt: skip
     batch, queries, heads, dim = q.shape
     parts = (batch, partials) if partials else (batch,)
     out = q.new_empty((*parts, queries, heads, dim), dtype=torch.float32 if partials else q.dtype)
@@ -144,20 +145,29 @@ def _fake(q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask,
     return out, lse
 
 
-def _features(q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask, window, chunk, left_chunks,
-              chunk_offset, ring,
-              scale, partials, return_lse):  # fmt: skip
-    return {"mask": mask, "ring": ring, "dim": q.shape[3], "lse": return_lse, "partials": partials > 0}
+def _features(
+    q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask, window, chunk, left_chunks, chunk_offset,
+    ring, scale, partials, return_lse,
+):  # fmt: skip
+    return {
+        "mask": mask,
+        "window": window > 0,
+        "ring": ring,
+        "dim": q.shape[3],
+        "ragged": q_lengths is not None,
+        "paged": k_cache.shape[1] % backends.PAGE == 0,
+        "lse": return_lse,
+        "partials": partials > 0,
+    }
 
 
 OP = Op(
     "streaming_attention",
-    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor rows, Tensor lengths, Tensor? q_lengths,"
-    " Tensor? k_scale, Tensor? v_scale, str mask, int window, int chunk, int left_chunks, int chunk_offset, bool"
-    " ring, float scale, int partials, bool return_lse)"
-    " -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor rows, Tensor lengths, Tensor? q_lengths, Tensor? k_scale,"
+    " Tensor? v_scale, str mask, int window, int chunk, int left_chunks, int chunk_offset, bool ring, float scale,"
+    " int partials, bool return_lse) -> (Tensor, Tensor)",
     reference=reference,
     fake=_fake,
     features=_features,
-    backends=(triton_backend("streaming_attention", refuses_head_dim), backends.TORCH),
+    backends=(triton_backend("streaming_attention", refuses_head_dim), *backends.BACKENDS),
 )

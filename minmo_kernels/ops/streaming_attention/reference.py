@@ -40,7 +40,7 @@ def reference(
 
     # What a session has not written may be NaN, and 0 * NaN is NaN: such slots become zeros.
     k, v = (
-        torch.where(written[:, :, None, None], _values(cache[index], scales, index, kind), 0.0)
+        torch.where(written[:, :, None, None], cached_values(cache, scales, index, kind), 0.0)
         for cache, scales in ((k_cache, k_scale), (v_cache, v_scale))
     )
     grouped = torch.where(exists[:, :, None, None], q, 0.0).to(kind).unflatten(2, (kv_heads, heads // kv_heads))
@@ -56,9 +56,9 @@ def reference(
     return torch.stack([p[0] for p in parts], 1).float(), torch.stack([p[1] for p in parts], 1).float()
 
 
-def _values(cached: Tensor, scales: Tensor | None, index: Tensor, kind: torch.dtype) -> Tensor:
-    """Cached numbers in the compute dtype."""
-    return cached.to(kind) if scales is None else cached.to(kind) * scales[index][..., None].to(kind)
+def cached_values(cache: Tensor, scales: Tensor | None, index: Tensor, kind: torch.dtype) -> Tensor:
+    """What the caches of sessions `index` hold, in dtype `kind`. (batch, capacity, kv_heads, dim)"""
+    return cache[index].to(kind) if scales is None else cache[index].to(kind) * scales[index][..., None].to(kind)
 
 
 def query_positions(end: Tensor, rows: Tensor, q_lengths: Tensor | None, queries: int) -> tuple[Tensor, Tensor]:

@@ -193,6 +193,7 @@ SPEC = OpSpec(
     cases=cases,
     bytes=moved_bytes,
     flops=flops,
+    variants=tuple({"form": form} for form in FORMS) + tuple({"form": form, "queries": 64} for form in FORMS),
     batched=("q", "rows", "q_lengths"),
     invariants={"one query at a time": _one_query_at_a_time, "partials merge": _partials_merge},
 )

@@ -1,0 +1,58 @@
+"""Options of the benchmarks, and what is measured once a session."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import pytest
+import timing
+import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = "minmo-8b" if torch.cuda.is_available() else "nano"
+    parser.addoption("--preset", default=default, help=f"whose sizes the cases have (here: {default})")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(scope="session")
+def machine(device: torch.device) -> dict[str, Any]:
+    """What stands beside every figure."""
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": _triton(), "python": platform.python_version()}
+    if device.type == "cpu":
+        return {**found, "device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+    return {
+        **found,
+        "device": torch.cuda.get_device_name(device),
+        "copy_bandwidth": timing.copy_bandwidth(device),
+        **_nvml(device),
+    }
+
+
+def _triton() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return str(triton.__version__)
+
+
+def _nvml(device: torch.device) -> dict[str, Any]:
+    """Clocks and power as the driver reports them, where nvidia-ml-py is installed."""
+    try:
+        import pynvml
+    except ImportError:
+        return {}
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+    return {
+        "driver": str(pynvml.nvmlSystemGetDriverVersion()),
+        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+        "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+    }

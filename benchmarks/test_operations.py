@@ -1,0 +1,96 @@
+"""Every operation x case of a preset x backend, generated from the specs.
+
+    pytest benchmarks/ --benchmark-only [--preset minmo-8b] [--benchmark-json results.json]
+
+A backend is timed only after its result on this very case has held against the fp64 reference: a wrong kernel has no
+speed. On a CPU the reference and torch backends are timed, so that the command works everywhere.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+import timing
+import torch
+
+import minmo_kernels as mk
+from minmo.config import load_config
+from minmo.info import kernel_dims
+from minmo_kernels.dispatch import OPS
+from minmo_kernels.spec import OpSpec, load_all
+from minmo_kernels.testing import assert_as_good_as_reference, outputs
+
+ROUNDS = 20
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    parts = kernel_dims(load_config(metafunc.config.getoption("preset")))
+    found = []
+    for name, spec in load_all().items():
+        for part, case in spec.cases_of(parts):
+            for backend in OPS[name].backends:
+                words = (f"{k}={v}" for k, v in case.items() if k != "seed")
+                found.append(
+                    pytest.param(spec, part, case, backend.name, id=f"{name}[{part}] {backend.name} " + " ".join(words))
+                )
+    metafunc.parametrize("spec,part,case,backend", found)
+
+
+def moved(arguments: dict[str, Any], device: torch.device, widened: torch.dtype | None = None) -> dict[str, Any]:
+    """A copy of the arguments on a device, those of the dtype `widened` in fp64."""
+    return {
+        name: value.to(device, torch.float64 if value.dtype == widened else value.dtype, copy=True)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def check(spec: OpSpec, case: Any, backend: str, device: torch.device) -> None:
+    """The backend's error on this case against the reference's, both measured from fp64."""
+    arguments = spec.make(case)
+    results = []
+    for name, widened in ((backend, None), ("reference", None), ("reference", getattr(torch, case["dtype"]))):
+        given = moved(arguments, device, widened)
+        with mk.use_backend(name):
+            result = outputs(spec.function(**given))
+        results.append([*result, *(given[m] for m in spec.mutates if given[m] is not None)])
+    for actual, reference, exact in zip(*results, strict=True):
+        if actual.is_floating_point():
+            assert_as_good_as_reference(actual.nan_to_num(0.0), reference.nan_to_num(0.0), exact.nan_to_num(0.0))
+
+
+def test_operation(
+    benchmark: Any, spec: OpSpec, part: str, case: Any, backend: str, device: torch.device, machine: dict[str, Any]
+) -> None:
+    arguments = moved(spec.make(case), device)
+    verdict = next(v for v in mk.explain(spec.function, **arguments).verdicts if v.backend == backend)
+    if verdict.reason is not None:
+        pytest.skip(f"{backend}: {verdict.reason}")
+    check(spec, case, backend, device)
+    moves, flops = spec.bytes(case), spec.flops(case)
+    benchmark.extra_info.update(
+        {"operation": spec.name, "part": part, "backend": backend, "case": dict(case), "bytes": moves, **machine}
+    )
+    with mk.use_backend(backend):
+        if device.type == "cpu":
+            benchmark.pedantic(spec.function, kwargs=arguments, rounds=ROUNDS, warmup_rounds=2)
+            seconds = benchmark.stats.stats.median
+        else:
+            sets = timing.clones(arguments, device)
+            graph = timing.captured(spec.function, sets)
+
+            def replay() -> None:
+                graph.replay()
+                torch.cuda.synchronize()
+
+            benchmark.pedantic(replay, rounds=ROUNDS, warmup_rounds=2)
+            samples = [s / len(sets) for s in timing.event_times(graph)]
+            seconds = statistics.median(samples)
+            benchmark.extra_info["spread"] = (max(samples) - min(samples)) / seconds
+            benchmark.extra_info["of_copy_bandwidth"] = moves / seconds / machine["copy_bandwidth"]
+    benchmark.extra_info.update(
+        {"seconds": seconds, "gb_per_s": moves / seconds / 1e9, "tflops": flops / seconds / 1e12}
+    )

@@ -1,0 +1,144 @@
+"""Plants typical faults into copies of the kernels, one at a time, and shows that the tests catch every one.
+
+    python tests/minmo_kernels/mutants.py [NAME ...]
+
+A fault that no test notices is a hole in the tests: the script then ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In `file` (below minmo_kernels), the text `old` becomes `new`; the tests of `operation` should notice."""
+
+    name: str
+    operation: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = [
+    Mutant(
+        "length off by one", "streaming_attention", "ops/streaming_attention/kernel.py",
+        "high = tl.minimum(low + width, high)", "high = tl.minimum(low + width, high) + 1",
+    ),
+    Mutant(
+        "wrong head group", "streaming_attention", "ops/streaming_attention/kernel.py",
+        "place = (entry.to(tl.int64) * queries + t) * HEADS + kv_head * group + m % group\n    d",
+        "place = (entry.to(tl.int64) * queries + t) * HEADS + kv_head + m % group\n    d",
+    ),
+    Mutant(
+        "missing rescale", "streaming_attention", "ops/streaming_attention/kernel.py",
+        "out = tl.dot(weight.to(q.dtype), v, out * shrink[:, None]", "out = tl.dot(weight.to(q.dtype), v, out",
+    ),
+    Mutant(
+        "ring wrap", "streaming_attention", "ops/streaming_attention/kernel.py",
+        "key = end - 1 - (end - 1 - slot + capacity) % capacity", "key = end - 1 - (end - slot + capacity) % capacity",
+    ),
+    Mutant(
+        "natural and binary logarithms mixed", "streaming_attention", "ops/streaming_attention/kernel.py",
+        "top * 0.6931471805599453", "top",
+    ),
+    Mutant(
+        "slot of the wrong row", "append_kv", "ops/append_kv/kernel.py",
+        "at = (row.to(tl.int64) * capacity + slot) * KV_HEADS + head",
+        "at = ((row ^ 1).to(tl.int64) * capacity + slot) * KV_HEADS + head",
+    ),
+    Mutant(
+        "rotation the wrong way", "append_kv", "tiles.py",
+        "tl.where(odd, -sin, cos), tl.where(odd, cos, sin)", "tl.where(odd, sin, cos), tl.where(odd, cos, sin)",
+    ),
+    Mutant(
+        "dropped tail", "linear_residual", "tiles.py",
+        "for start in range(0, DIM, BLOCK_K):\n            k = start + columns\n            weight",
+        "for start in range(0, DIM - BLOCK_K + 1, BLOCK_K):\n            k = start + columns\n            weight",
+    ),
+    Mutant(
+        "transposed scale", "gate_up_swiglu", "tiles.py",
+        "tl.load(scale_ptr + n, mask=n < DIM_OUT, other=0.0)[None, :]",
+        "tl.load(scale_ptr + (n ^ 1), mask=n < DIM_OUT, other=0.0)[None, :]",
+    ),
+    Mutant(
+        "nibbles swapped", "linear_residual", "tiles.py",
+        "tl.join(low * scale + shift, high * scale + shift)", "tl.join(high * scale + shift, low * scale + shift)",
+    ),
+    Mutant(
+        "scale of the wrong vector", "streaming_attention", "ops/streaming_attention/kernel.py",
+        "tl.load(v_scale_ptr + vector, mask", "tl.load(v_scale_ptr + vector // KV_HEADS, mask",
+    ),
+    Mutant(
+        "padding read", "rms_norm", "ops/rms_norm/kernel.py",
+        "active = tl.load(rows_ptr + vector // each) >= 0", "active = tl.load(rows_ptr + vector // each) >= -1",
+    ),
+    Mutant(
+        "carry written before it was read", "fsmn", "ops/fsmn/kernel.py",
+        "s = count + slot - LEFT\n", "s = count + slot - LEFT + 1\n",
+    ),
+    Mutant(
+        "fill token off by a slot", "mix_semantic_speech", "ops/mix_semantic_speech/kernel.py",
+        "last = offset == cycle - 1", "last = offset == cycle - 2",
+    ),
+    Mutant(
+        "digit off by one", "fsq_encode", "ops/fsq_encode/kernel.py",
+        "half.to(tl.float32)[None, :] + 12582912.0) - 12582912.0",
+        "half.to(tl.float32)[None, :] + 12582913.0) - 12582912.0",
+    ),
+    Mutant(
+        "ties by the wrong end", "sample_token", "ops/sample_token/kernel.py",
+        "earlier = ties + tl.cumsum(tied.to(tl.int32), axis=0) - tied.to(tl.int32)",
+        "earlier = ties + tl.cumsum(tied.to(tl.int32), axis=0)",
+    ),
+    Mutant(
+        "carry not kept", "log_mel", "ops/log_mel/kernel.py",
+        "j = length + slot - left", "j = slot - left",
+    ),
+]  # fmt: skip
+
+
+def caught(mutant: Mutant) -> bool:
+    """Whether the operation's tests fail on a copy with the fault in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for part in ("minmo_kernels", "minmo", "tests"):
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        path = copy / "minmo_kernels" / mutant.file
+        source = path.read_text()
+        if source.count(mutant.old) < 1:
+            raise SystemExit(f"{mutant.name}: its text is no longer in {mutant.file}; write the mutant anew")
+        path.write_text(source.replace(mutant.old, mutant.new, 1))
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "tests/minmo_kernels/test_triton.py", "-k"]
+        chosen = f"reference and {mutant.operation} or laws and {mutant.operation}"
+        done = subprocess.run([*command, chosen], cwd=folder, env=environment, capture_output=True, text=True)
+        if done.returncode not in (0, 1):
+            raise SystemExit(done.stdout + done.stderr)
+        return done.returncode == 1
+
+
+def main() -> None:
+    names = sys.argv[1:]
+    chosen = [m for m in MUTANTS if not names or m.name in names]
+    missed = []
+    for mutant in chosen:
+        found = caught(mutant)
+        print(f"{'caught' if found else 'MISSED':7} {mutant.operation:28} {mutant.name}", flush=True)
+        missed += [] if found else [mutant.name]
+    print(f"{len(chosen) - len(missed)} of {len(chosen)} faults caught")
+    sys.exit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Every kernel, in every shipped configuration, compiled for GPUs that are not there and held against its budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from minmo.config import load_config
+from minmo.info import kernel_dims
+from minmo_kernels import launch
+from minmo_kernels.spec import load_all
+from minmo_kernels.testing import gate
+from minmo_kernels.testing.binary import compiled
+
+pytestmark = [
+    pytest.mark.skipif(launch.INTERPRETING, reason="the interpreter compiles nothing"),
+    pytest.mark.skipif(not launch.AVAILABLE, reason="triton is not installed"),
+]
+BUDGETS = Path(__file__).with_name("budgets.json")
+
+
+@pytest.mark.parametrize("sm", gate.SHARED_LIMIT)
+@pytest.mark.parametrize("name", load_all())
+def test_kernels_compile_within_their_budgets(sm, name):
+    found = [record for *_, record in gate.shipped(kernel_dims(load_config("minmo-8b")), sm, name)]
+    assert found, f"no case of a preset launches {name}; the gate sees nothing of it"
+    budgets = gate.read_budgets(BUDGETS)
+    faults = []
+    for record in found:
+        binary = compiled(record, sm)
+        for fault in gate.faults(record, binary, sm, budgets.get(f"sm_{sm} {record.key}"), known=bool(budgets)):
+            faults.append(f"{record.key}: {fault}")
+    assert not faults, "\n".join(faults)
+
+
+def test_a_grown_kernel_is_noticed():
+    """The gate can fail: a budget below what a kernel takes, a spill, and a missing instruction are all reported."""
+    name, _, _, record = next(iter(gate.shipped(kernel_dims(load_config("nano")), 90, "rms_norm")))
+    binary = compiled(record, 90)
+    kept = gate.measured(binary)
+    assert name == "rms_norm"
+    assert list(gate.faults(record, binary, 90, kept, known=True)) == []
+    small = {**kept, "registers": binary.registers - gate.REGISTER_SLACK - 1}
+    assert "registers" in next(gate.faults(record, binary, 90, small, known=True))
+    assert "no budget" in next(gate.faults(record, binary, 90, None, known=True))
