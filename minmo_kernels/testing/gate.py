@@ -18,11 +18,14 @@ from minmo_kernels import dispatch
 from minmo_kernels.launch import Launch, launches
 from minmo_kernels.spec import Case, OpSpec, load_all
 from minmo_kernels.testing.binary import Binary
+from minmo_kernels.testing.bounds import CHIPS, bounds
 
 SIZES = ("DIM", "DIM_OUT", "HEADS", "KV_HEADS", "HIDDEN", "EMBEDDING", "VOCAB")
 """Constants whose value above 128 (a head's) changes the number of a loop's turns or an address, and no registers."""
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block may have, for each capability that the gate compiles for."""
+MARGIN = 2.0
+"""How many times the memory's share of an SM a kernel that streams must be able to load."""
 REGISTER_SLACK = 8
 """Registers that a kernel may grow by before its budget counts as broken; allocation moves in steps of 8."""
 
@@ -69,14 +72,29 @@ def _launches(spec: OpSpec, case: Case, sm: int) -> list[Launch]:
         return []
 
 
-def measured(binary: Binary) -> dict[str, int]:
-    """What a budget holds of a binary."""
-    return {"registers": binary.registers, "shared": binary.shared}
+def measured(record: Launch, binary: Binary) -> dict[str, float]:
+    """What a budget holds of a launch's binary; `rate`: see `bounds`, of kernels that live on memory bandwidth."""
+    budget: dict[str, float] = {"registers": binary.registers, "shared": binary.shared}
+    if streams(record):
+        budget["rate"] = round(bounds(binary, record.options.get("num_stages", 3)).rate, 1)
+    return budget
 
 
-def faults(record: Launch, binary: Binary, sm: int, budget: Mapping[str, int] | None, known: bool) -> Iterator[str]:
+def streams(record: Launch) -> bool:
+    """Whether a launch is there to stream weights or a cache through the chip: a decode step's projections for up to 8
+    rows, and attention of few queries."""
+    constants = record.constants
+    if record.name in ("linear_residual", "gate_up_swiglu", "qkv"):
+        return bool(constants["ROWS"] <= 8)
+    return record.name == "attention" and constants["BLOCK_M"] == 16
+
+
+def faults(
+    record: Launch, binary: Binary, sm: int, budget: Mapping[str, float] | None, known: bool, reason: str | None = None
+) -> Iterator[str]:
     """What the gate does not let pass of a launch's binary. budget: its own, None = none is written; known: whether
-    this version of Triton has budgets at all (one that has none only reports)."""
+    this version of Triton has budgets at all (one that has none only reports). reason: why a kernel that streams may be
+    limited by its instructions."""
     if binary.stack:
         yield f"it keeps {binary.stack} bytes a thread in memory: registers spill"
     if binary.shared > SHARED_LIMIT[sm]:
@@ -93,18 +111,33 @@ def faults(record: Launch, binary: Binary, sm: int, budget: Mapping[str, int] | 
             yield f"{binary.registers} registers, budget {budget['registers']}"
         if binary.shared > budget["shared"]:
             yield f"{binary.shared} bytes of shared memory, budget {budget['shared']}"
+    if streams(record):
+        rate = bounds(binary, record.options.get("num_stages", 3)).rate
+        need = MARGIN * max(chip.share for chip in CHIPS[sm])
+        if rate < need and not reason:
+            yield f"it cannot load more than {rate:.1f} bytes a clock an SM; {need:.1f} leave memory the limit"
 
 
-def read_budgets(path: Path) -> dict[str, dict[str, int]]:
+def read_budgets(path: Path) -> dict[str, dict[str, float]]:
     """This Triton version's budgets by "sm key"; empty for a version that has none."""
-    budgets: dict[str, dict[str, dict[str, int]]] = json.loads(path.read_text())
+    budgets: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text())
     return budgets.get(triton_version(), {})
 
 
-def write_budgets(path: Path, budgets: Mapping[str, Mapping[str, int]]) -> None:
-    """Replaces this Triton version's budgets, others stay."""
+def reason_for(path: Path, record: Launch) -> str | None:
+    """Why a launch may be limited by its instructions: the first entry under "reasons" whose words are all in its
+    key."""
+    for words, reason in json.loads(path.read_text()).get("reasons", {}).items():
+        if set(words.split()) <= set(record.key.split()):
+            return str(reason)
+    return None
+
+
+def write_budgets(path: Path, budgets: Mapping[str, Mapping[str, float]]) -> None:
+    """Puts budgets in the place of those for the same keys of this Triton version; the rest stays."""
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    stored[triton_version()] = {key: dict(budgets[key]) for key in sorted(budgets)}
+    mine = {**stored.get(triton_version(), {}), **budgets}
+    stored[triton_version()] = {key: dict(mine[key]) for key in sorted(mine)}
     path.write_text(json.dumps(stored, indent=1) + "\n")
 
 

@@ -2,38 +2,67 @@
 
 A table maps an operation to entries `[conditions, configuration]` in order; the first entry whose conditions all hold
 serves. `cpu.json` is for the interpreter (few, large programs), `smXX.json` for GPUs of capability XX and newer.
+`python -m minmo_kernels.tuning.tune` measures on a GPU and rewrites its table.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parent
+_trial: tuple[str, dict[str, int]] | None = None
+_asked: list[tuple[str, dict[str, Any]]] = []
 
 
 @functools.cache
 def table(sm: int) -> dict[str, list[tuple[dict[str, Any], dict[str, int]]]]:
     """The table for a capability (0 = the interpreter): the newest one that is not newer."""
+    return json.loads(path_of(sm).read_text())
+
+
+def path_of(sm: int) -> Path:
+    """Where `table(sm)` is read from."""
     if sm == 0:
-        return json.loads((_FOLDER / "cpu.json").read_text())
-    known = sorted(int(p.stem[2:]) for p in _FOLDER.glob("sm*.json"))
-    name = f"sm{max(k for k in known if k <= sm)}.json"
-    return json.loads((_FOLDER / name).read_text())
+        return FOLDER / "cpu.json"
+    known = sorted(int(p.stem[2:]) for p in FOLDER.glob("sm*.json"))
+    return FOLDER / f"sm{max(k for k in known if k <= sm)}.json"
 
 
-@functools.cache
 def config(operation: str, sm: int, **bucket: Any) -> dict[str, int]:
     """The configuration of an operation for a bucket, a few coarse facts about the call (never lengths).
 
     Raises LookupError where no entry of the table fits.
     """
+    if _trial is not None:
+        _asked.append((operation, bucket))
+        if _trial[0] == operation:
+            return _trial[1]
+    return _config(operation, sm, **bucket)
+
+
+@functools.cache
+def _config(operation: str, sm: int, **bucket: Any) -> dict[str, int]:
     for conditions, values in table(sm)[operation]:
         if all(bucket[name] == wanted for name, wanted in conditions.items()):
             return values
     raise LookupError(f"no launch configuration of {operation} for sm {sm} and {bucket}; add one to the table")
+
+
+@contextlib.contextmanager
+def trial(operation: str, values: dict[str, int]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Inside the block `operation` is launched with `values`; gives what was asked for, (operation, bucket) each."""
+    global _trial
+    before, _trial = _trial, (operation, values)
+    _asked.clear()
+    try:
+        yield _asked
+    finally:
+        _trial = before
 
 
 def bucket_of(n: int) -> int:

@@ -29,7 +29,8 @@ def test_kernels_compile_within_their_budgets(sm, name):
     faults = []
     for record in found:
         binary = compiled(record, sm)
-        for fault in gate.faults(record, binary, sm, budgets.get(f"sm_{sm} {record.key}"), known=bool(budgets)):
+        budget, reason = budgets.get(f"sm_{sm} {record.key}"), gate.reason_for(BUDGETS, record)
+        for fault in gate.faults(record, binary, sm, budget, known=bool(budgets), reason=reason):
             faults.append(f"{record.key}: {fault}")
     assert not faults, "\n".join(faults)
 
@@ -38,7 +39,7 @@ def test_a_grown_kernel_is_noticed():
     """The gate can fail: a budget below what a kernel takes, a spill, and a missing instruction are all reported."""
     name, _, _, record = next(iter(gate.shipped(kernel_dims(load_config("nano")), 90, "rms_norm")))
     binary = compiled(record, 90)
-    kept = gate.measured(binary)
+    kept = gate.measured(record, binary)
     assert name == "rms_norm"
     assert list(gate.faults(record, binary, 90, kept, known=True)) == []
     small = {**kept, "registers": binary.registers - gate.REGISTER_SLACK - 1}

@@ -1,0 +1,101 @@
+"""What a binary says of a kernel's speed before anything runs: three static bounds, for the chips that we target.
+
+- issue: bytes a clock an SM, if its four schedulers issue the loop that loads most without a pause;
+- quarter: the same where conversions and special functions, which run at a quarter of the rate, are the limit;
+- flight: bytes under way an SM, against what Little's law asks for (bandwidth x latency).
+They say what cannot be faster, never how fast it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minmo_kernels.testing.binary import Binary
+
+LATENCY = 700e-9
+"""Seconds from a load to its data under load."""
+SCHEDULERS = 4
+QUARTER_RATE = 64
+"""Results a clock an SM of the instructions in `_SLOW`."""
+REGISTERS = 65_536
+MOST_WARPS, MOST_BLOCKS = 64, 32
+_SLOW = re.compile(r"\b(I2F|F2I|F2F|MUFU|I2I|FRND)\b")
+_WIDTHS = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """sms, clock in Hz, shared memory of an SM; bandwidth in bytes a second: the maker's figure, except the H200's,
+    which is a copy's."""
+
+    name: str
+    sms: int
+    clock: float
+    shared: int
+    bandwidth: float
+
+    @property
+    def share(self) -> float:
+        """Bytes a clock that the memory delivers to an SM."""
+        return self.bandwidth / self.sms / self.clock
+
+    @property
+    def in_flight(self) -> float:
+        """Bytes that must be under way an SM to keep the memory busy."""
+        return self.bandwidth * LATENCY / self.sms
+
+
+CHIPS = {
+    80: [Chip("A100", 108, 1.41e9, 164 << 10, 2.04e12)],
+    90: [Chip("H100", 132, 1.755e9, 228 << 10, 3.35e12), Chip("H200", 132, 1.755e9, 228 << 10, 4.3e12)],
+}
+"""By compute capability."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of a binary's busiest loop. loop: its warp instructions; issue, quarter: bytes a clock an SM (infinite where
+    nothing limits); loaded: bytes that a warp loads in one turn, times the turns that are under way together."""
+
+    loop: int
+    issue: float
+    quarter: float
+    loaded: int
+
+    @property
+    def rate(self) -> float:
+        """Bytes a clock an SM that neither bound forbids."""
+        return min(self.issue, self.quarter)
+
+
+def bounds(binary: Binary, stages: int) -> Bounds:
+    """stages: the launch's num_stages; loads through shared memory run so many turns less one ahead."""
+    body = max(binary.innermost_loops(), key=loaded_bytes, default=())
+    size = loaded_bytes(body)
+    slow = 32 * sum(1 for text in body if _SLOW.search(text))
+    ahead = max(1, stages - 1) if binary.count("LDGSTS") else 1
+    return Bounds(
+        loop=len(body),
+        issue=SCHEDULERS * size / len(body) if body else float("inf"),
+        quarter=QUARTER_RATE * size / slow if slow else float("inf"),
+        loaded=size * ahead,
+    )
+
+
+def resident_blocks(binary: Binary, chip: Chip) -> int:
+    """Programs that fit on an SM at once."""
+    registers = -(-binary.registers // 8) * 8 * 32 * binary.warps
+    shared = chip.shared // (binary.shared + 1024)
+    return min(REGISTERS // registers, shared, MOST_WARPS // binary.warps, MOST_BLOCKS)
+
+
+def loaded_bytes(body: Sequence[str]) -> int:
+    """Bytes that one warp loads from global memory in these instructions."""
+    total = 0
+    for text in body:
+        if match := re.search(r"\b(LDG|LDGSTS)(\.\S+)?", text):
+            suffix = match[2] or ""
+            total += 32 * next((size for name, size in _WIDTHS.items() if name in suffix), 4)
+    return total

@@ -1,0 +1,147 @@
+"""Measures launch configurations on this machine's GPU and rewrites its table.
+
+    python -m minmo_kernels.tuning.tune --dims '{"LLM": {"dim": 3584, ...}}' [--operation NAME] [--budget 400]
+
+For every case that a model of these sizes launches, the candidates around the present configuration are compiled,
+checked against the reference and timed, each in the case's bucket; the fastest becomes the first entry of its bucket in
+`smXX.json`. What was there stays behind it as the default. GPU, driver and Triton go into the table's "measured" entry.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from minmo_kernels import dispatch, tuning
+from minmo_kernels.spec import OpSpec, load_all
+from minmo_kernels.testing import assert_as_good_as_reference, outputs
+
+STEPS = {"BLOCK_N": (0.5, 1, 2), "BLOCK_K": (0.5, 1, 2), "num_warps": (0.5, 1, 2), "num_stages": (-1, 0, 1)}
+"""What is varied around a configuration: factors, and for num_stages differences."""
+Measure = Callable[[OpSpec, Mapping[str, Any]], float | None]
+
+
+def neighbours(values: Mapping[str, int]) -> Iterator[dict[str, int]]:
+    """A configuration, then those that differ from it in one or two of STEPS."""
+    yield dict(values)
+    names = [name for name in STEPS if name in values]
+    for i, first in enumerate(names):
+        for second in names[i:]:
+            for a in STEPS[first]:
+                for b in STEPS[second] if second != first else (None,):
+                    changed = dict(values)
+                    changed[first] = _moved(first, values[first], a)
+                    if b is not None:
+                        changed[second] = _moved(second, values[second], b)
+                    if changed != values and min(changed.values()) > 0:
+                        yield changed
+
+
+def _moved(name: str, value: int, step: float) -> int:
+    return int(value + step) if name == "num_stages" else int(value * step)
+
+
+def tuned(
+    parts: Mapping[str, Mapping[str, int]], sm: int, measure: Measure, operations: list[str], deadline: float
+) -> dict[str, list[tuple[dict[str, Any], dict[str, int]]]]:
+    """Entries (bucket, fastest configuration) by operation. measure: seconds of a case under the present trial, None =
+    the configuration does not work. Stops at `deadline` (time.monotonic), with what it has."""
+    found: dict[str, list[tuple[dict[str, Any], dict[str, int]]]] = {}
+    for name, spec in load_all().items():
+        if name not in operations:
+            continue
+        for _, case in spec.cases_of(parts):
+            with tuning.trial("", {}) as asked:
+                measure(spec, case)
+            for operation, bucket in {json.dumps(pair): pair for pair in asked}.values():
+                present = tuning.config(operation, sm, **bucket)
+                seen, best = set(), None
+                for values in neighbours(present):
+                    key = json.dumps(values, sort_keys=True)
+                    if key in seen or time.monotonic() > deadline:
+                        continue
+                    seen.add(key)
+                    with tuning.trial(operation, values):
+                        seconds = measure(spec, case)
+                    if seconds is not None and (best is None or seconds < best[0]):
+                        best = (seconds, values)
+                if best is not None and best[1] != present:
+                    found.setdefault(operation, []).append((bucket, best[1]))
+    return found
+
+
+def timed(spec: OpSpec, case: Mapping[str, Any]) -> float | None:
+    """Median seconds of a replayed graph of eight calls on this GPU, over the result's check against the reference."""
+    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in spec.make(case).items()}
+
+    def copied() -> dict[str, Any]:
+        return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+
+    try:
+        with dispatch.use_backend("triton"):
+            actual = outputs(spec.function(**copied()))
+        with dispatch.use_backend("reference"):
+            expected = outputs(spec.function(**copied()))
+        for a, e in zip(actual, expected, strict=True):
+            if a.is_floating_point() and a.shape == e.shape:
+                assert_as_good_as_reference(a.nan_to_num(0.0), e.nan_to_num(0.0), e.nan_to_num(0.0))
+        sets = [copied() for _ in range(8)]
+        graph = torch.cuda.CUDAGraph()
+        with dispatch.use_backend("triton"), torch.cuda.graph(graph):
+            for arguments in sets:
+                spec.function(**arguments)
+    except (AssertionError, RuntimeError, ValueError):  # a tile that does not fit, or a wrong result: not a candidate
+        return None
+    samples = []
+    for _ in range(20):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(begin.elapsed_time(end) / 1e3 / len(sets))
+    return statistics.median(samples)
+
+
+def write(sm: int, found: Mapping[str, list[tuple[dict[str, Any], dict[str, int]]]], measured: dict[str, str]) -> str:
+    """Puts the found entries before those of the capability's table -> the file's name."""
+    table: dict[str, Any] = dict(tuning.table(sm))
+    for operation, entries in found.items():
+        new = [conditions for conditions, _ in entries]
+        table[operation] = [*entries, *(e for e in table[operation] if e[0] not in new)]
+    table["measured"] = measured
+    path = tuning.FOLDER / f"sm{sm}.json"
+    lines = [f"  {json.dumps(k)}: {json.dumps(v) if isinstance(v, dict) else _entries(v)}" for k, v in table.items()]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return path.name
+
+
+def _entries(entries: list[Any]) -> str:
+    return "[\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", type=json.loads, required=True, help="sizes of a model's parts, JSON by part")
+    parser.add_argument("--operation", action="append", choices=list(load_all()))
+    parser.add_argument("--budget", type=float, default=400.0, help="seconds after which it stops with what it has")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tuning measures, so it needs a GPU; the tables that came with the package serve without")
+    major, minor = torch.cuda.get_device_capability()
+    import triton
+
+    measured = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    operations = options.operation or list(load_all())
+    found = tuned(options.dims, 10 * major + minor, timed, operations, time.monotonic() + options.budget)
+    print(f"{sum(map(len, found.values()))} buckets changed -> {write(10 * major + minor, found, measured)}")
+
+
+if __name__ == "__main__":
+    main()
