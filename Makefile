@@ -1,18 +1,30 @@
 # Each target does everything that it needs from a clean clone with python3 and make; the second run is quick.
 PYTHON ?= python3
-.PHONY: demo test lint
+.PHONY: demo test lint bench gpu
 
 demo: .venv/core.installed
 	.venv/bin/minmo talk minmo/assets/question.wav -o reply.wav
 
-# One thread a process and a process a core: the tensors are small, so threads would only wait for each other.
+# One thread a process and a process a core: the tensors are small, so threads would only wait for each other. Kernels run
+# through Triton's interpreter in a run of their own: the switch is read when they are imported.
+TEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: .venv/dev.installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	TRITON_INTERPRET=1 $(TEST) tests/minmo_kernels/test_triton.py
+	$(TEST)
 
 lint: .venv/dev.installed
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+bench: .venv/bench.installed
+	mkdir -p benchmarks/results
+	.venv/bin/python -m pytest benchmarks/ --benchmark-only --benchmark-json benchmarks/results/last.json
+	.venv/bin/python benchmarks/report.py benchmarks/results/last.json
+
+# On a machine with a GPU, with its own Python and packages: make gpu STAGE=test|tune|bench|sanitize RESULTS=folder
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(STAGE) $(RESULTS)
 
 .venv/core.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -22,4 +34,8 @@ lint: .venv/dev.installed
 .venv/dev.installed: .venv/core.installed
 	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	.venv/bin/python -m pip install --quiet -c constraints.txt --no-deps s3tokenizer # why: pyproject.toml, dev
+	touch $@
+
+.venv/bench.installed: .venv/dev.installed
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	touch $@

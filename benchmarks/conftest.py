@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timing
 import torch
+from results import Results
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     default = "minmo-8b" if torch.cuda.is_available() else "nano"
     parser.addoption("--preset", default=default, help=f"whose sizes the cases have (here: {default})")
+    parser.addoption("--results", type=Path, help="a JSON file to go on with: cases in it are skipped")
+
+
+@pytest.fixture(scope="session")
+def results(request: pytest.FixtureRequest) -> Results:
+    return Results(request.config.getoption("--results"))
 
 
 @pytest.fixture(scope="session")

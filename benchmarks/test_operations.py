@@ -1,6 +1,6 @@
 """Every operation x case of a preset x backend, generated from the specs.
 
-    pytest benchmarks/ --benchmark-only [--preset minmo-8b] [--benchmark-json results.json]
+    pytest benchmarks/ --benchmark-only [--preset minmo-8b] [--results FILE] [--benchmark-json FILE]
 
 A backend is timed only after its result on this very case has held against the fp64 reference: a wrong kernel has no
 speed. On a CPU the reference and torch backends are timed, so that the command works everywhere.
@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import timing
 import torch
+from results import Results
 
 import minmo_kernels as mk
 from minmo.config import load_config
@@ -56,15 +57,25 @@ def check(spec: OpSpec, case: Any, backend: str, device: torch.device) -> None:
         given = moved(arguments, device, widened)
         with mk.use_backend(name):
             result = outputs(spec.function(**given))
-        results.append([*result, *(given[m] for m in spec.mutates if given[m] is not None)])
+        results.append([*result, *spec.mutated(given)])
     for actual, reference, exact in zip(*results, strict=True):
         if actual.is_floating_point():
             assert_as_good_as_reference(actual.nan_to_num(0.0), reference.nan_to_num(0.0), exact.nan_to_num(0.0))
 
 
 def test_operation(
-    benchmark: Any, spec: OpSpec, part: str, case: Any, backend: str, device: torch.device, machine: dict[str, Any]
+    benchmark: Any,
+    spec: OpSpec,
+    part: str,
+    case: Any,
+    backend: str,
+    device: torch.device,
+    machine: dict[str, Any],
+    results: Results,
 ) -> None:
+    name = results.name(spec.name, part, backend, case)
+    if name in results.kept:
+        pytest.skip("measured already, in the results file")
     arguments = moved(spec.make(case), device)
     verdict = next(v for v in mk.explain(spec.function, **arguments).verdicts if v.backend == backend)
     if verdict.reason is not None:
@@ -94,3 +105,4 @@ def test_operation(
     benchmark.extra_info.update(
         {"seconds": seconds, "gb_per_s": moves / seconds / 1e9, "tflops": flops / seconds / 1e12}
     )
+    results.keep(name, benchmark.extra_info)

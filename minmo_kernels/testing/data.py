@@ -57,6 +57,12 @@ def group_of(form: str) -> int:
     return int(form.split("g")[1]) if form.startswith("int4") else 1
 
 
+def formats_of(width: int) -> list[str]:
+    """The formats that a model's projection of so many inputs has: int4 in the largest groups that divide it."""
+    groups = [form for form in reversed(FORMATS) if form.startswith("int4") and width % group_of(form) == 0]
+    return ["full", "int8", *groups[:1]]
+
+
 def quantised(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
     """The arguments of a weight (dim_out, dim_in) in a format: itself, or rounded, with `weight_scale` and for int4
     `weight_zero`."""

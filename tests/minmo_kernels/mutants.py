@@ -119,7 +119,13 @@ def caught(mutant: Mutant) -> bool:
         if source.count(mutant.old) < 1:
             raise SystemExit(f"{mutant.name}: its text is no longer in {mutant.file}; write the mutant anew")
         path.write_text(source.replace(mutant.old, mutant.new, 1))
-        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "1",
+            "MINMO_EXAMPLES": "40",
+            "PYTHONPATH": folder,
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-m", "pytest", "-x", "-q", "tests/minmo_kernels/test_triton.py", "-k"]
         chosen = f"reference and {mutant.operation} or laws and {mutant.operation}"
         done = subprocess.run([*command, chosen], cwd=folder, env=environment, capture_output=True, text=True)

@@ -24,8 +24,8 @@ SPECS = load_all()
 NAMES = list(SPECS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = ["float32", "float16"] if DEVICE == "cpu" else ["float32", "float16", "bfloat16"]
-EXAMPLES = int(os.environ.get("MINMO_EXAMPLES", "30"))
-"""Examples an operation; the deep profile is MINMO_EXAMPLES=5000."""
+EXAMPLES = int(os.environ.get("MINMO_EXAMPLES", "20"))
+"""Examples an operation: 20 in `make test`, since an interpreted one takes a second; 5000 is the deep profile."""
 # Without shrinking, which would interpret a failing kernel hundreds of times; the cases are small as they are.
 RUN = settings(
     max_examples=EXAMPLES,

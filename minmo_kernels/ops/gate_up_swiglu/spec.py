@@ -14,6 +14,7 @@ from minmo_kernels.testing import (
     BUCKETS,
     FORMATS,
     dequantised,
+    formats_of,
     generator,
     group_of,
     normal,
@@ -83,7 +84,7 @@ def _units_are_independent(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, ffn."""
     for batch in (1, 8):
-        for weights in ("full", "int8", "int4 g128"):
+        for weights in formats_of(dims["dim"]):
             yield {
                 "dtype": "bfloat16", "weights": weights, "batch": batch, "dim": dims["dim"], "ffn": dims["ffn"],
                 "seed": 0,

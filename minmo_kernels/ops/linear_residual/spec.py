@@ -14,6 +14,7 @@ from minmo_kernels.testing import (
     BUCKETS,
     FORMATS,
     dequantised,
+    formats_of,
     generator,
     group_of,
     normal,
@@ -79,7 +80,7 @@ def _sum_of_halves(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, ffn (the down projection)."""
     for batch in (1, 8):
-        for weights in ("full", "int8", "int4 g128"):
+        for weights in formats_of(dims["ffn"]):
             yield {
                 "dtype": "bfloat16", "weights": weights, "batch": batch, "dim_in": dims["ffn"], "dim_out": dims["dim"],
                 "seed": 0,

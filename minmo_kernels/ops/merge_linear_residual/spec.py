@@ -16,6 +16,7 @@ from minmo_kernels.testing import (
     BUCKETS,
     FORMATS,
     dequantised,
+    formats_of,
     generator,
     group_of,
     normal,
@@ -105,7 +106,7 @@ def _number_of_parts(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, heads, head_dim."""
     for batch in (1, 8):
-        for weights in ("full", "int8", "int4 g128"):
+        for weights in formats_of(dims["heads"] * dims["head_dim"]):
             yield {
                 "dtype": "bfloat16", "weights": weights, "batch": batch, "partials": 8, "heads": dims["heads"],
                 "head_dim": dims["head_dim"], "dim_out": dims["dim"], "seed": 0,

@@ -17,6 +17,7 @@ from minmo_kernels.testing import (
     BUCKETS,
     FORMATS,
     dequantised,
+    formats_of,
     generator,
     group_of,
     normal,
@@ -132,7 +133,7 @@ def _equals_its_parts(case: Case) -> None:
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
     """Decode of a decoder with these sizes: dim, heads, kv_heads, head_dim, capacity."""
     for batch in (1, 8):
-        for weights in ("full", "int8", "int4 g128"):
+        for weights in formats_of(dims["dim"]):
             yield {
                 "dtype": "bfloat16", "weights": weights, "batch": batch, "dim": dims["dim"],
                 "heads": (dims["heads"], dims["kv_heads"]), "head_dim": dims["head_dim"],

@@ -1,0 +1,95 @@
+"""What a machine with a GPU is for, in stages of under eight minutes: one JSON a stage, flushed as it goes.
+
+    make gpu STAGE=test|tune|bench|sanitize RESULTS=folder
+
+A stage that is cut off goes on where it stopped when it is called again with the same folder. Files are named after the
+GPU: `<gpu>-test.json`, `<gpu>-bench.json`; `tune` rewrites the launch table of this GPU's capability.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+LIMIT = 470
+"""Seconds that a stage may take."""
+KERNEL_TESTS = ["tests/minmo_kernels/test_triton.py", "tests/minmo_kernels/test_decode_layer.py"]
+
+
+def python(*arguments: str, **environment: str) -> int:
+    """Runs Python in the repository's root within the stage's time -> its exit status, 124 when time ran out."""
+    try:
+        command = [sys.executable, *arguments]
+        return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, timeout=LIMIT).returncode
+    except subprocess.TimeoutExpired:
+        return 124
+
+
+def test(path: Path) -> int:
+    """The numbers of every kernel on this GPU, bf16 included; tests that passed before are left out."""
+    passed = json.loads(path.read_text()) if path.is_file() else {}
+
+    class Kept:
+        def pytest_collection_modifyitems(self, items: list) -> None:
+            items[:] = [item for item in items if passed.get(item.nodeid) != "passed"]
+
+        def pytest_runtest_logreport(self, report) -> None:
+            if report.when == "call" or report.outcome != "passed":
+                passed[report.nodeid] = report.outcome
+                path.write_text(json.dumps(passed, indent=1) + "\n")
+
+    import pytest
+
+    os.chdir(ROOT)
+    return int(pytest.main(["-x", *KERNEL_TESTS], plugins=[Kept()]))
+
+
+def tune(path: Path) -> int:
+    """Launch configurations for the sizes of minmo-8b."""
+    from minmo.config import load_config
+    from minmo.info import kernel_dims
+
+    dims = json.dumps(kernel_dims(load_config("minmo-8b")))
+    return python("-m", "minmo_kernels.tuning.tune", "--dims", dims, "--budget", str(LIMIT - 60))
+
+
+def bench(path: Path) -> int:
+    """Every operation x case of minmo-8b x backend."""
+    return python("-m", "pytest", "benchmarks/", "--benchmark-only", "--preset", "minmo-8b", "--results", str(path))
+
+
+def sanitize(path: Path) -> int:
+    """A few examples of every kernel under compute-sanitizer's memory checker."""
+    tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
+    command = [*tool, sys.executable, "-m", "pytest", "-x", KERNEL_TESTS[0], "-k", "as_good"]
+    environment = {**os.environ, "MINMO_EXAMPLES": "4", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT, capture_output=True, text=True)
+    path.write_text(json.dumps({"exit": done.returncode, "tail": done.stdout[-4000:]}, indent=1) + "\n")
+    print(done.stdout[-4000:])
+    return done.returncode
+
+
+STAGES = {"test": test, "tune": tune, "bench": bench, "sanitize": sanitize}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("results", type=Path)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU here; `make test` and profiling/static_report.py say what can be said without one")
+    options.results.mkdir(parents=True, exist_ok=True)
+    gpu = torch.cuda.get_device_name().lower().replace(" ", "-")
+    sys.exit(STAGES[options.stage](options.results.resolve() / f"{gpu}-{options.stage}.json"))
+
+
+if __name__ == "__main__":
+    main()
