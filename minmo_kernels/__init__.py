@@ -1,10 +1,12 @@
 """MinMo Kernels: the operations of a streaming voice language model behind one dispatch layer.
 
 Each operation is a function whose docstring is its contract; `explain` says which backend serves a call and why,
-`use_backend` forces one, `strict` forbids the slow reference.
+`use_backend` forces one, `strict` forbids the slow reference, `invariant` makes rows independent of their batch to the
+bit, `warmup` compiles ahead.
 """
 
 from minmo_kernels.dispatch import BackendError, explain, strict, use_backend
+from minmo_kernels.launch import warmup
 from minmo_kernels.ops.append_kv import append_kv
 from minmo_kernels.ops.fsmn import fsmn
 from minmo_kernels.ops.fsq_encode import fsq_encode
@@ -18,6 +20,7 @@ from minmo_kernels.ops.rms_norm_qkv_rope_append import rms_norm_qkv_rope_append
 from minmo_kernels.ops.sample_token import sample_token
 from minmo_kernels.ops.streaming_attention import streaming_attention
 from minmo_kernels.philox import philox_normal, philox_uniform
+from minmo_kernels.tuning import invariant
 
 __all__ = [
     "BackendError",
@@ -26,6 +29,7 @@ __all__ = [
     "fsmn",
     "fsq_encode",
     "gate_up_swiglu",
+    "invariant",
     "linear_residual",
     "log_mel",
     "merge_linear_residual",
@@ -38,4 +42,5 @@ __all__ = [
     "streaming_attention",
     "strict",
     "use_backend",
+    "warmup",
 ]

@@ -11,10 +11,14 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 FOLDER = Path(__file__).parent
+MOST_ROWS = 64
+"""The largest bucket of a decode step."""
+_invariant: ContextVar[bool] = ContextVar("invariant", default=False)
 _trial: tuple[str, dict[str, int]] | None = None
 _asked: list[tuple[str, dict[str, Any]]] = []
 
@@ -68,3 +72,24 @@ def trial(operation: str, values: dict[str, int]) -> Iterator[list[tuple[str, di
 def bucket_of(n: int) -> int:
     """The power of two at or above n, 1 at least."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def rows_of(batch: int) -> int:
+    """The bucket that a decode step's projection of so many rows is launched for: the largest one in `invariant`."""
+    return MOST_ROWS if _invariant.get() else bucket_of(batch)
+
+
+def parts_of(sm: int, programs: int) -> int:
+    """Splits of the cache for attention that would otherwise run so many programs: one in `invariant`."""
+    return 1 if _invariant.get() else config("attention_parts", sm, programs=bucket_of(programs))["parts"]
+
+
+@contextlib.contextmanager
+def invariant() -> Iterator[None]:
+    """Inside the block every row is computed in the same way, bit for bit, whatever the size of its batch: one bucket,
+    one algorithm a projection, one split of the cache. Slower for few rows."""
+    token = _invariant.set(True)
+    try:
+        yield
+    finally:
+        _invariant.reset(token)

@@ -131,6 +131,25 @@ def test_neighbours_do_not_change_a_bit(name):
 
 
 @numbers
+@pytest.mark.parametrize("name", ["gate_up_swiglu", "linear_residual", "streaming_attention"])
+def test_in_invariant_a_row_alone_is_the_same_to_the_bit(name):
+    spec = SPECS[name]
+
+    @LAW
+    @given(drawn(spec))
+    def check(case):
+        arguments = arguments_of(spec, {**case, "batch": 3})
+        with mk.use_backend("triton"), mk.invariant():
+            together = outputs(spec.function(**arguments))
+            for b in range(3):
+                one = {k: arguments[k][b : b + 1] for k in spec.batched if arguments.get(k) is not None}
+                for x, y in zip(together, outputs(spec.function(**{**arguments, **one})), strict=True):
+                    assert torch.equal(x[b : b + 1].nan_to_num(7.0), y.nan_to_num(7.0))
+
+    check()
+
+
+@numbers
 def test_the_mix_has_the_references_gradient():
     spec = SPECS["mix_semantic_speech"]
     floats = ("hidden", "embedding", "weight", "bias", "speech_table", "markers")

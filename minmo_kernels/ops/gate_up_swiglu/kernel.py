@@ -23,7 +23,7 @@ def run(
 ) -> Tensor:
     batch, wide = x.shape[0], weight.shape[0]
     out = x.new_empty(batch, wide // 2)
-    bucket = tuning.bucket_of(batch)
+    bucket = tuning.rows_of(batch)
     tile = tuning.config("gate_up_swiglu", target(x), rows=bucket, bits=weight_bits(weight))
     launch(
         _gate_up_swiglu, (triton.cdiv(wide, tile["BLOCK_N"]), 1, 1),

@@ -8,10 +8,8 @@ from torch import Tensor
 from minmo_kernels.dispatch import Op, Request, check, check_tensor
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.linear_residual.reference import reference
-from minmo_kernels.tuning import bucket_of
+from minmo_kernels.tuning import MOST_ROWS, bucket_of
 
-MOST_ROWS = 64
-"""The largest bucket of a decode step."""
 GROUPS = (32, 64, 128)
 """Inputs that may share an int4 scale and zero point."""
 

@@ -38,7 +38,7 @@ def run_projection(
     """residual + input @ weight.T, the input being x, or with `lse` attention's parts x merged by it."""
     batch, dim_out = residual.shape
     out = torch.empty_like(residual)
-    bucket = tuning.bucket_of(batch)
+    bucket = tuning.rows_of(batch)
     tile = tuning.config("linear_residual", target(x), rows=bucket, bits=weight_bits(weight))
     launch(
         _linear_residual, (triton.cdiv(dim_out, tile["BLOCK_N"]), 1, 1),

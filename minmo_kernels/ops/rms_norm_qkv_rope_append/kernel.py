@@ -32,7 +32,7 @@ def run(
 ) -> Tensor:
     batch, (capacity, dim) = x.shape[0], (k_cache.shape[1], k_cache.shape[3])
     q = x.new_empty(batch, heads, dim)
-    bucket = tuning.bucket_of(batch)
+    bucket = tuning.rows_of(batch)
     tile = tuning.config("rms_norm_qkv_rope_append", target(x), rows=bucket, bits=weight_bits(qkv_weight))
     tile = {**tile, "BLOCK_N": min(tile["BLOCK_N"], dim)}  # a program stays within one head
     launch(

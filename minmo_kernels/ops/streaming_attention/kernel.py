@@ -40,8 +40,7 @@ def run(
     fold, sm = queries * heads // kv_heads, target(q)
     tile = tuning.config("streaming_attention", sm, few=fold <= 16, dim=dim, wide=q.dtype == torch.float32)
     blocks = triton.cdiv(fold, tile["BLOCK_M"])
-    programs = tuning.bucket_of(batch * kv_heads * blocks)
-    parts = partials or tuning.config("attention_parts", sm, programs=programs)["parts"]
+    parts = partials or tuning.parts_of(sm, batch * kv_heads * blocks)
     split = partials > 0 or parts > 1
     axes = (batch, parts) if split else (batch,)
     out = q.new_empty((*axes, queries, heads, dim), dtype=torch.float32 if split else q.dtype)
