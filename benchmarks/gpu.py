@@ -2,7 +2,7 @@
 
     make gpu STAGE=test|tune|bench|sanitize RESULTS=folder
 
-A stage that is cut off goes on where it stopped when it is called again with the same folder. Files are named after the
+`test` and `bench` go on where they stopped when they are called again with the same folder. Files are named after the
 GPU: `<gpu>-test.json`, `<gpu>-bench.json`; `tune` rewrites the launch table of this GPU's capability.
 """
 
@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -34,7 +35,10 @@ def python(*arguments: str, **environment: str) -> int:
 
 def test(path: Path) -> int:
     """The numbers of every kernel on this GPU, bf16 included; tests that passed before are left out."""
+    import pytest
+
     passed = json.loads(path.read_text()) if path.is_file() else {}
+    deadline = time.monotonic() + LIMIT - 60
 
     class Kept:
         def pytest_collection_modifyitems(self, items: list) -> None:
@@ -45,14 +49,16 @@ def test(path: Path) -> int:
                 passed[report.nodeid] = report.outcome
                 path.write_text(json.dumps(passed, indent=1) + "\n")
 
-    import pytest
+        def pytest_runtest_setup(self, item: pytest.Item) -> None:
+            if time.monotonic() > deadline:
+                pytest.exit("the stage's time is over; call it again to go on", returncode=124)
 
     os.chdir(ROOT)
-    return int(pytest.main(["-x", *KERNEL_TESTS], plugins=[Kept()]))
+    return int(pytest.main(KERNEL_TESTS, plugins=[Kept()]))
 
 
 def tune(path: Path) -> int:
-    """Launch configurations for the sizes of minmo-8b."""
+    """Launch configurations for the sizes of minmo-8b; the table keeps every bucket that was finished."""
     from minmo.config import load_config
     from minmo.info import kernel_dims
 
@@ -70,10 +76,17 @@ def sanitize(path: Path) -> int:
     tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
     command = [*tool, sys.executable, "-m", "pytest", "-x", KERNEL_TESTS[0], "-k", "as_good"]
     environment = {**os.environ, "MINMO_EXAMPLES": "4", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=LIMIT, capture_output=True, text=True)
-    path.write_text(json.dumps({"exit": done.returncode, "tail": done.stdout[-4000:]}, indent=1) + "\n")
-    print(done.stdout[-4000:])
-    return done.returncode
+    log = path.with_suffix(".log")
+    with log.open("w") as out:
+        try:
+            status = subprocess.run(
+                command, cwd=ROOT, env=environment, timeout=LIMIT, stdout=out, stderr=out
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+    path.write_text(json.dumps({"exit": status, "tail": log.read_text()[-4000:]}, indent=1) + "\n")
+    log.unlink()
+    return status
 
 
 STAGES = {"test": test, "tune": tune, "bench": bench, "sanitize": sanitize}

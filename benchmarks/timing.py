@@ -12,42 +12,51 @@ from typing import Any
 
 import torch
 
-SETS = 16
-"""Most sets of arguments in rotation."""
+SETS = 64
+"""Most sets of arguments in rotation; calls that move less than the cache's 64th part are timed warm, which is as they
+run."""
 COLD = 5
-"""All sets together are at least this many times the L2 cache, where memory allows."""
+"""All sets together move at least this many times the L2 cache, where SETS and memory allow."""
 
 
-def clones(arguments: dict[str, Any], device: torch.device) -> list[dict[str, Any]]:
-    """The call's arguments, as often as it takes to keep the cache cold."""
-    tensors = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
-    size = max(1, sum(t.numel() * t.element_size() for t in tensors))
+def clones(arguments: dict[str, Any], moves: int, device: torch.device) -> list[dict[str, Any]]:
+    """The call's arguments, as often as it takes to keep the cache cold. moves: bytes that a call touches."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    count = min(SETS, max(2, -(-COLD * cache // size)))
+    size = sum(t.numel() * t.element_size() for t in arguments.values() if isinstance(t, torch.Tensor))
+    room = torch.cuda.mem_get_info(device)[0] // 2 // max(1, size)
+    count = max(2, min(SETS, room, -(-COLD * cache // max(1, moves))))
     return [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()} for _ in range(count)]
 
 
-def captured(function: Callable[..., Any], sets: list[dict[str, Any]]) -> torch.cuda.CUDAGraph:
-    """A graph that calls `function` once with every set of arguments."""
+def captured(function: Callable[..., Any], sets: list[dict[str, Any]]) -> Callable[[], None]:
+    """Calls `function` once with every set of arguments: by replaying a graph, or directly where the function reads the
+    host and cannot be captured (the references do)."""
+
+    def calls() -> None:
+        for arguments in sets:
+            function(**arguments)
+
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for arguments in sets:
-            function(**arguments)
+        calls()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for arguments in sets:
-            function(**arguments)
-    return graph
+    try:
+        with torch.cuda.graph(graph):
+            calls()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return calls
+    return graph.replay
 
 
-def event_times(graph: torch.cuda.CUDAGraph, replays: int = 30) -> list[float]:
-    """Seconds of each replay between two events on the GPU."""
-    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+def event_times(calls: Callable[[], None], repeats: int = 30) -> list[float]:
+    """Seconds of each repeat between two events on the GPU."""
+    marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for begin, end in marks:
         begin.record()
-        graph.replay()
+        calls()
         end.record()
     torch.cuda.synchronize()
     return [begin.elapsed_time(end) / 1e3 for begin, end in marks]

@@ -48,6 +48,8 @@ class Request:
     """Every tensor is."""
     grad: bool
     """The call must be differentiable."""
+    current: bool
+    """A GPU call's device is the one that launches go to."""
     features: dict[str, Any]
 
 
@@ -141,7 +143,16 @@ class Op:
         dtypes = tuple([t.dtype for t in tensors])
         contiguous = all([t.is_contiguous() for t in tensors])
         grad = _needs_grad(tensors)
-        key = (args[0].device, dtypes, contiguous, grad, _forced.get(), _strict.get(), *features.values())
+        key = (
+            args[0].device,
+            _is_current(args[0].device),
+            dtypes,
+            contiguous,
+            grad,
+            _forced.get(),
+            _strict.get(),
+            *features.values(),
+        )
         backend = self._table.get(key)
         if backend is None:
             backend = self._select(self.request(*args))
@@ -159,6 +170,7 @@ class Op:
             dtypes=tuple([t.dtype for t in tensors]),
             contiguous=all([t.is_contiguous() for t in tensors]),
             grad=_needs_grad(tensors),
+            current=_is_current(device),
             features=self._features(*args),
         )
 
@@ -274,6 +286,10 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 def _needs_grad(arguments: Iterable[Any]) -> bool:
     """Whether autograd records this call."""
     return torch.is_grad_enabled() and any([isinstance(a, torch.Tensor) and a.requires_grad for a in arguments])
+
+
+def _is_current(device: torch.device) -> bool:
+    return device.type != "cuda" or device.index in (None, torch.cuda.current_device())
 
 
 class _Intercepted(Exception):

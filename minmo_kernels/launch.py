@@ -29,6 +29,7 @@ AVAILABLE = importlib.util.find_spec("triton") is not None
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _compiled: dict[Any, Any] = {}
 _warmed = False
+_warming: torch.device | None = None
 _recording: tuple[int, list[Launch]] | None = None
 
 
@@ -48,10 +49,12 @@ class Launch:
 
     @property
     def key(self) -> str:
-        """What tells its binary from others: kernel, dtypes, constants, options."""
+        """What tells its binary from others: kernel, dtypes, absent arguments, constants, options."""
         kinds = [str(a.dtype).removeprefix("torch.") for a in self.arguments if isinstance(a, torch.Tensor)]
+        names = self.kernel.arg_names
+        absent = [f"-{names[i].removesuffix('_ptr')}" for i, a in enumerate(self.arguments) if a is None]
         values = [f"{k}={v}" for k, v in {**self.constants, **self.options}.items()]
-        return " ".join([self.name, *dict.fromkeys(kinds), *values])
+        return " ".join([self.name, *dict.fromkeys(kinds), *absent, *values])
 
 
 def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> None:
@@ -73,21 +76,31 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants
 
 
 def _run(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
-    kinds = tuple([a.dtype if type(a) is torch.Tensor else type(a) for a in arguments])
-    if any([type(a) is torch.Tensor and a.data_ptr() % 16 for a in arguments]):
-        kernel[grid](*arguments, **constants)  # Triton's own way: slower, and compiles for the lesser alignment
-        return
-    key = (kernel, torch.cuda.current_device(), kinds, *constants.values())
+    key = _key(kernel, arguments, constants)
     found = _compiled.get(key)
     if found is None:
         if _warmed and dispatch.is_strict():
             raise dispatch.BackendError(f"{kernel.fn.__name__} compiles after warmup(); add a case for {key[2:]}")
-        compiled = kernel.warmup(*arguments, grid=grid, **constants)
-        fixed = tuple(v for k, v in constants.items() if k not in OPTIONS)
-        found = _compiled[key] = (compiled, compiled.run, fixed)
+        found = _compiled[key] = _compile(kernel, grid, arguments, constants)
     compiled, run, fixed = found
     stream = torch.cuda.current_stream().cuda_stream
     run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *fixed)
+
+
+def _compile(
+    kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, Any, tuple[Any, ...]]:
+    compiled = kernel.warmup(*arguments, grid=grid, **constants)
+    return compiled, compiled.run, tuple([v for k, v in constants.items() if k not in OPTIONS])
+
+
+def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> tuple[Any, ...]:
+    """What decides a binary: kernel, device, dtype and alignment of every tensor, which arguments are absent, constants
+    and options. Options come in any order."""
+    kinds = tuple([(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, torch.Tensor) else type(a) for a in arguments])
+    options = tuple([constants.get(name) for name in OPTIONS])
+    fixed = tuple([v for k, v in constants.items() if k not in OPTIONS])
+    return (kernel, torch.cuda.current_device(), kinds, fixed, options)
 
 
 @contextlib.contextmanager
@@ -127,19 +140,29 @@ def warmup(calls: Iterable[tuple[Callable[..., Any], dict[str, Any]]], device: s
 
     Raises BackendError for a call that the Triton backend refuses, with the reason.
     """
-    global _warmed
+    global _warmed, _warming
     before = len(_compiled)
-    sm = target(torch.empty(0, device=device))
-    for function, arguments in calls:
-        for record in launches(function, arguments, sm):
-            kinds = tuple([a.dtype if isinstance(a, torch.Tensor) else type(a) for a in record.arguments])
-            constants = {**record.constants, **record.options}
-            key = (record.kernel, torch.cuda.current_device(), kinds, *constants.values())
-            if key not in _compiled:
-                compiled = record.kernel.warmup(*record.arguments, grid=record.grid, **constants)
-                _compiled[key] = (compiled, compiled.run, tuple(record.constants.values()))
+    _warming = torch.device(device)
+    try:
+        sm = target(torch.empty(0, device=device))
+        for function, arguments in calls:
+            for record in launches(function, arguments, sm):
+                constants = {**record.constants, **record.options}
+                key = _key(record.kernel, record.arguments, constants)
+                if key not in _compiled:
+                    _compiled[key] = _compile(record.kernel, record.grid, record.arguments, constants)
+    finally:
+        _warming = None
     _warmed = True
     return len(_compiled) - before
+
+
+def lookup_table(make: Callable[..., torch.Tensor], *arguments: Any, device: torch.device) -> torch.Tensor:
+    """make(*arguments, device), which must be cached: a kernel's constant table. `warmup` has it made on the device
+    that it warms, since a copy to a GPU cannot be part of a captured graph."""
+    if _warming is not None:
+        make(*arguments, _warming)
+    return make(*arguments, device)
 
 
 def triton_backend(
@@ -159,6 +182,8 @@ def triton_backend(
 def _refuses(request: dispatch.Request, backward: bool) -> str | None:
     if not AVAILABLE:
         return "triton is not installed"
+    if not request.current:
+        return "its device is not the current one; call torch.cuda.set_device"
     if request.device == "cpu" and not INTERPRETING:
         return "on a CPU it needs TRITON_INTERPRET=1, set before the import"
     if request.device == "meta" and _recording is None:

@@ -21,7 +21,7 @@ from minmo.info import kernel_dims
 from minmo_kernels.spec import SPECS, load_all
 from minmo_kernels.testing import gate
 from minmo_kernels.testing.binary import compiled
-from minmo_kernels.testing.bounds import CHIPS, bounds, resident_blocks
+from minmo_kernels.testing.bounds import CHIPS, resident_blocks
 
 BUDGETS = Path(__file__).parents[1] / "tests" / "minmo_kernels" / "budgets.json"
 
@@ -37,7 +37,7 @@ def report(preset: str, sm: int, operation: str | None) -> tuple[Table, dict[str
     for name, part, case, record in gate.shipped(kernel_dims(load_config(preset)), sm, operation):
         binary = compiled(record, sm)
         found[f"sm_{sm} {record.key}"] = gate.measured(record, binary)
-        limit = bounds(binary, record.options.get("num_stages", 3))
+        limit = gate.limits(record, binary)
         programs = record.grid[0] * record.grid[1] * record.grid[2]
         row = [
             f"{name} ({part}): {record.key}", f"{binary.registers}, {binary.stack}, {binary.shared}",

@@ -18,7 +18,7 @@ from minmo_kernels import dispatch
 from minmo_kernels.launch import Launch, launches
 from minmo_kernels.spec import Case, OpSpec, load_all
 from minmo_kernels.testing.binary import Binary
-from minmo_kernels.testing.bounds import CHIPS, bounds
+from minmo_kernels.testing.bounds import CHIPS, Bounds, bounds
 
 SIZES = ("DIM", "DIM_OUT", "HEADS", "KV_HEADS", "HIDDEN", "EMBEDDING", "VOCAB")
 """Constants whose value above 128 (a head's) changes the number of a loop's turns or an address, and no registers."""
@@ -26,6 +26,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block may have, for each capability that the gate compiles for."""
 MARGIN = 2.0
 """How many times the memory's share of an SM a kernel that streams must be able to load."""
+RATE_SLACK = 0.9
+"""Share of its budgeted rate that a kernel must keep."""
 REGISTER_SLACK = 8
 """Registers that a kernel may grow by before its budget counts as broken; allocation moves in steps of 8."""
 
@@ -76,8 +78,25 @@ def measured(record: Launch, binary: Binary) -> dict[str, float]:
     """What a budget holds of a launch's binary; `rate`: see `bounds`, of kernels that live on memory bandwidth."""
     budget: dict[str, float] = {"registers": binary.registers, "shared": binary.shared}
     if streams(record):
-        budget["rate"] = round(bounds(binary, record.options.get("num_stages", 3)).rate, 1)
+        budget["rate"] = round(limits(record, binary).rate, 1)
     return budget
+
+
+def limits(record: Launch, binary: Binary) -> Bounds:
+    """The bounds of a launch's binary; of one that streams, by the bytes of its weight or cache alone."""
+    return bounds(binary, record.options.get("num_stages", 3), _tile_bytes(record) // binary.warps)
+
+
+def _tile_bytes(record: Launch) -> int:
+    """Bytes of the weight or the cache that a program of a kernel that streams takes in one turn of its loop."""
+    if not streams(record):
+        return 0
+    constants = record.constants
+    named = dict(zip(record.kernel.arg_names, record.arguments, strict=False))
+    if record.name == "attention":
+        return 2 * int(constants["BLOCK_N"]) * int(constants["DIM"]) * int(named["k_ptr"].dtype.itemsize)
+    bits = 4 if constants["GROUP"] else 8 * int(named["weight_ptr"].dtype.itemsize)
+    return int(constants["BLOCK_N"]) * int(constants["BLOCK_K"]) * bits // 8
 
 
 def streams(record: Launch) -> bool:
@@ -102,20 +121,24 @@ def faults(
     for instruction, expected in expected_instructions(record, sm).items():
         if (binary.count(instruction) > 0) != expected:
             yield f"{binary.count(instruction)} {instruction} instructions, expected {'some' if expected else 'none'}"
+    rate = limits(record, binary).rate
+    if streams(record):
+        need = MARGIN * max(chip.share for chip in CHIPS[sm])
+        if not binary.innermost_loops():
+            yield "no loop was found in it, so nothing bounds how fast it streams"
+        elif rate < need and not reason:
+            yield f"it cannot load more than {rate:.1f} bytes a clock an SM; {need:.1f} leave memory the limit"
     if not known:
         return
     if budget is None:
         yield "it has no budget; profiling/static_report.py --write-budgets writes one"
-    else:
-        if binary.registers > budget["registers"] + REGISTER_SLACK:
-            yield f"{binary.registers} registers, budget {budget['registers']}"
-        if binary.shared > budget["shared"]:
-            yield f"{binary.shared} bytes of shared memory, budget {budget['shared']}"
-    if streams(record):
-        rate = bounds(binary, record.options.get("num_stages", 3)).rate
-        need = MARGIN * max(chip.share for chip in CHIPS[sm])
-        if rate < need and not reason:
-            yield f"it cannot load more than {rate:.1f} bytes a clock an SM; {need:.1f} leave memory the limit"
+        return
+    if binary.registers > budget["registers"] + REGISTER_SLACK:
+        yield f"{binary.registers} registers, budget {budget['registers']}"
+    if binary.shared > budget["shared"]:
+        yield f"{binary.shared} bytes of shared memory, budget {budget['shared']}"
+    if rate < RATE_SLACK * budget.get("rate", 0.0):
+        yield f"it can load {rate:.1f} bytes a clock an SM, budget {budget['rate']}"
 
 
 def read_budgets(path: Path) -> dict[str, dict[str, float]]:

@@ -86,8 +86,9 @@ def parts_of(sm: int, programs: int) -> int:
 
 @contextlib.contextmanager
 def invariant() -> Iterator[None]:
-    """Inside the block every row is computed in the same way, bit for bit, whatever the size of its batch: one bucket,
-    one algorithm a projection, one split of the cache. Slower for few rows."""
+    """Inside the block the Triton kernels compute a row in the same way, bit for bit, whatever the size of its batch,
+    up to MOST_ROWS: one bucket, one algorithm a projection, one split of the cache. Slower for few rows. Other backends
+    know nothing of it."""
     token = _invariant.set(True)
     try:
         yield

@@ -59,7 +59,8 @@ def varlen_attn(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux, scale, window_size, enable_gqa, seqused_k,
     block_table,
 ):  # fmt: skip
-    """Pages of keys by block table; (-1, 0) is causal, (W, 0) causal with W keys before the query's own."""
+    """Pages of keys by block table; (-1, 0) is causal, (W, 0) causal with W keys before the query's own. The
+    log-sum-exp is (heads, queries), as in torch 2.13's fake function (its documentation has it the other way round)."""
     assert cu_seq_k is None
     assert return_aux.lse
     assert enable_gqa == (query.shape[1] != key.shape[2])
@@ -72,7 +73,7 @@ def varlen_attn(
         out, lse = attend(q, *kv, scale, end - len(q), window_size[0], window_size[1] == 0)
         outs.append(out)
         lses.append(lse)
-    return torch.cat(outs), torch.cat(lses)
+    return torch.cat(outs), torch.cat(lses).T
 
 
 class GappyKeysMask:
@@ -158,7 +159,8 @@ def test_flex_attention_takes_every_form(form, monkeypatch):
 def request(**changes):
     features = {"mask": "causal", "window": False, "ring": False, "dim": 64, "ragged": False, "paged": True,
                 "lse": False, "partials": False}  # fmt: skip
-    given = {"device": "cuda", "capability": (9, 0), "dtypes": (torch.bfloat16,), "contiguous": True, "grad": False}
+    given = {"device": "cuda", "capability": (9, 0), "dtypes": (torch.bfloat16,), "contiguous": True, "grad": False,
+             "current": True}  # fmt: skip
     for key, value in changes.items():
         (given if key in given else features)[key] = value
     return Request(**given, features=features)
@@ -169,6 +171,8 @@ def request(**changes):
     "change,reason",
     [
         ({"device": "cpu"}, "GPU only"),
+        ({"capability": (7, 5)}, "8.0 or newer"),
+        ({"dim": 320}, "up to 256"),
         ({"dtypes": (torch.float32,)}, "fp16 and bf16"),
         ({"dtypes": (torch.bfloat16, torch.int8)}, "int8"),
         ({"mask": "chunk"}, "chunked"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,14 @@ def test_a_grown_kernel_is_noticed():
     small = {**kept, "registers": binary.registers - gate.REGISTER_SLACK - 1}
     assert "registers" in next(gate.faults(record, binary, 90, small, known=True))
     assert "no budget" in next(gate.faults(record, binary, 90, None, known=True))
+
+
+def test_a_projection_that_slows_down_is_noticed():
+    *_, record = next(iter(gate.shipped(kernel_dims(load_config("nano")), 90, "linear_residual")))
+    binary = compiled(record, 90)
+    kept = gate.measured(record, binary)
+    assert list(gate.faults(record, binary, 90, kept, known=True, reason="none")) == []
+    faster = {**kept, "rate": 2 * kept["rate"]}
+    assert "budget" in next(gate.faults(record, binary, 90, faster, known=True, reason="none"))
+    unrolled = replace(binary, listing=())
+    assert "no loop" in next(gate.faults(record, unrolled, 90, None, known=False))

@@ -42,11 +42,13 @@ def test_the_tuner_keeps_the_fastest_and_writes_it_first(tmp_path, monkeypatch):
     parts = kernel_dims(load_config("nano"))
     found = tune.tuned(parts, 90, clock, ["linear_residual"], time.monotonic() + 1e6)
     assert found["linear_residual"]
+    buckets = [bucket for bucket, _ in found["linear_residual"]]
+    assert len(buckets) == len({json.dumps(b) for b in buckets})
     for bucket, values in found["linear_residual"]:
         before = tuning.config("linear_residual", 90, **bucket)
         assert values["BLOCK_N"] == 2 * before["BLOCK_N"]
         assert values["num_warps"] != 8
-    assert tune.write(90, found, {"gpu": "none"}) == "sm90.json"
+    assert tune.write(90, found, tuning.table(90), {"gpu": "none"}) == "sm90.json"
     written = json.loads((tmp_path / "sm90.json").read_text())
     assert written["linear_residual"][0] == list(found["linear_residual"][0])
     assert written["measured"] == {"gpu": "none"}

@@ -62,6 +62,8 @@ def append_kv(
         qkv.shape[2] == packed,
         lambda: f"{name}: qkv's last axis must be (heads + 2 kv_heads) dim = {packed}, got {qkv.shape[2]}",
     )
+    check(bias is None or len(bias) == packed, lambda: f"{name}: bias has {len(bias)} values, not {packed}")
+    check(len(lengths) == len(k_cache), lambda: f"{name}: lengths has {len(lengths)} rows for {len(k_cache)} sessions")
     check(rows.shape[0] == qkv.shape[0], lambda: f"{name}: rows has {rows.shape[0]} entries, qkv {qkv.shape[0]}")
     check(
         qkv.shape[1] <= capacity,

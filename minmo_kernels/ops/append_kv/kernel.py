@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minmo_kernels import tuning
-from minmo_kernels.launch import launch, target
+from minmo_kernels.launch import launch, lookup_table, target
 from minmo_kernels.tiles import rope_table, rotation
 
 
@@ -31,11 +31,11 @@ def run(
     capacity, dim = k_cache.shape[1], k_cache.shape[3]
     q = qkv.new_empty(batch, items, heads, dim)
     tile = tuning.config("append_kv", target(qkv))
+    table = lookup_table(rope_table, rope_theta, dim, device=qkv.device)
     launch(
         _append, (batch * items, triton.cdiv(heads + 2 * kv_heads, tile["BLOCK_H"]), 1),
-        qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale,
-        rope_table(rope_theta, dim, qkv.device), q, items, capacity, HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2,
-        ROPE=rope, RING=ring, **tile,
+        qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, table, q, items, capacity,
+        HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, ROPE=rope, RING=ring, **tile,
     )  # fmt: skip
     return q
 
@@ -94,7 +94,7 @@ def store_kv(
     slot = position
     if RING:
         slot = position % capacity
-    write = exists & (slot < capacity)
+    write = exists & (slot >= 0) & (slot < capacity)
     at = (row.to(tl.int64) * capacity + slot) * KV_HEADS + head - HEADS
     is_k = write & (head >= HEADS) & (head < HEADS + KV_HEADS)
     is_v = write & (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)

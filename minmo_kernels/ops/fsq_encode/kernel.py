@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minmo_kernels import tuning
-from minmo_kernels.launch import launch, target, triton_dtype
+from minmo_kernels.launch import launch, lookup_table, target, triton_dtype
 from minmo_kernels.ops.fsq_encode.reference import SHRINK
 
 
@@ -21,7 +21,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor, rows: Tensor, lengths: Tensor, 
     tile = tuning.config("fsq_encode", target(x))
     launch(
         _fsq_encode, (triton.cdiv(frames, 16), batch, 1),
-        x, weight, bias, rows, lengths, _levels(tuple(levels), x.device), ids, frames,
+        x, weight, bias, rows, lengths, lookup_table(_levels, tuple(levels), device=x.device), ids, frames,
         DIM=dim, DIGITS=len(levels), WIDTH=max(16, tuning.bucket_of(len(levels))), SHRINK=SHRINK, BLOCK_T=16,
         DOT=triton_dtype(x.dtype), **tile,
     )  # fmt: skip

@@ -36,7 +36,7 @@ def gate_up_swiglu(
         norm_weight.shape[0] == x.shape[1],
         lambda: f"{name}: norm_weight has {norm_weight.shape[0]} values, x {x.shape[1]}",
     )
-    check_weight(name, "weight", weight, weight_scale, weight_zero, (len(weight), x.shape[1]), x.dtype)
+    check_weight(name, "weight", weight, weight_scale, weight_zero, (len(weight), x.shape[1]), x)
     check(weight.shape[0] % 2 == 0, lambda: f"{name}: weight must have 2 rows a unit, got {weight.shape[0]}")
     check(rows.shape[0] == x.shape[0], lambda: f"{name}: rows has {rows.shape[0]} entries, x {x.shape[0]}")
     return OP(x, norm_weight, weight, rows, weight_scale, weight_zero, eps)

@@ -40,7 +40,7 @@ def linear_residual(
     check_tensor(name, "x", x, "batch dim_in", x.device)
     check_tensor(name, "residual", residual, "batch dim_out", x.device, x.dtype)
     check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
-    check_weight(name, "weight", weight, weight_scale, weight_zero, (residual.shape[1], x.shape[1]), x.dtype)
+    check_weight(name, "weight", weight, weight_scale, weight_zero, (residual.shape[1], x.shape[1]), x)
     check(
         rows.shape[0] == residual.shape[0] == x.shape[0],
         lambda: f"{name}: rows has {rows.shape[0]} entries, residual {residual.shape[0]}, x {x.shape[0]}",
@@ -55,16 +55,16 @@ def check_weight(
     scale: Tensor | None,
     zero: Tensor | None,
     shape: tuple[int, int],
-    dtype: torch.dtype,
+    x: Tensor,
 ) -> None:
-    """A projection's weight of logical `shape` for inputs of `dtype`, in a format of `linear_residual`."""
-    check_tensor(op, name, weight, "dim_out dim_in", weight.device, dtype, torch.int8, torch.uint8)
+    """A projection's weight of logical `shape` for inputs like x, in a format of `linear_residual`."""
+    check_tensor(op, name, weight, "dim_out dim_in", x.device, x.dtype, torch.int8, torch.uint8)
     dim_out, dim_in = shape
     if weight.dtype == torch.uint8:
         if scale is None or zero is None:
             raise ValueError(f"{op}: an int4 {name} needs weight_scale and weight_zero, ({dim_out}, groups) each")
         for label, tensor in (("weight_scale", scale), ("weight_zero", zero)):
-            check_tensor(op, label, tensor, "dim_out groups", weight.device, dtype)
+            check_tensor(op, label, tensor, "dim_out groups", x.device, x.dtype)
             groups = tensor.shape[1]
             check(
                 groups > 0 and dim_in == groups * (dim_in // groups) and dim_in // groups in GROUPS,
@@ -80,7 +80,7 @@ def check_weight(
     elif weight.dtype == torch.int8:
         if scale is None:
             raise ValueError(f"{op}: an int8 {name} needs weight_scale, ({dim_out},) fp32")
-        check_tensor(op, "weight_scale", scale, "dim_out", weight.device, torch.float32)
+        check_tensor(op, "weight_scale", scale, "dim_out", x.device, torch.float32)
         check(len(scale) == dim_out, lambda: f"{op}: weight_scale has {len(scale)} values for {dim_out} rows")
         check(zero is None, lambda: f"{op}: weight_zero goes with an int4 {name}")
     else:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minmo_kernels import tuning
-from minmo_kernels.launch import launch, target
+from minmo_kernels.launch import launch, lookup_table, target
 from minmo_kernels.ops.log_mel.reference import SMALLEST
 
 FRAMES = 16
@@ -38,9 +38,10 @@ def run(
     n_fft, frames = window.shape[0], samples // hop
     out = audio.new_empty(batch, frames, mels)
     tile = tuning.config("log_mel", target(audio))
+    circle = lookup_table(_circle, n_fft, device=audio.device)
     launch(
         _log_mel, (max(1, triton.cdiv(frames, FRAMES)), batch, 1),
-        audio, lengths, carry, rows, filters, window, _circle(n_fft, audio.device), out, samples, floor,
+        audio, lengths, carry, rows, filters, window, circle, out, samples, floor,
         MELS=mels, MELS_WIDE=max(16, tuning.bucket_of(mels)), BINS=bins, N_FFT=n_fft, HOP=hop, SMALLEST=SMALLEST,
         LEFT_WIDE=tuning.bucket_of(n_fft - hop), BLOCK_M=FRAMES, **tile,
     )  # fmt: skip

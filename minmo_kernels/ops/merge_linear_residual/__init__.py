@@ -39,7 +39,7 @@ def merge_linear_residual(
     batch, _, heads, dim = partials.shape
     check(lse.shape == partials.shape[:3], lambda: f"{name}: lse must be {tuple(partials.shape[:3])}")
     wanted = (residual.shape[1], heads * dim)
-    check_weight(name, "weight", weight, weight_scale, weight_zero, wanted, residual.dtype)
+    check_weight(name, "weight", weight, weight_scale, weight_zero, wanted, residual)
     check(
         rows.shape[0] == residual.shape[0] == batch,
         lambda: f"{name}: rows has {rows.shape[0]} entries, residual {residual.shape[0]}, partials {batch}",

@@ -50,7 +50,7 @@ def rms_norm_qkv_rope_append(
     check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
     check_tensor(name, "lengths", lengths, "sessions", x.device, torch.int32)
     wanted = ((heads + 2 * kv_heads) * k_cache.shape[3], x.shape[1])
-    check_weight(name, "qkv_weight", qkv_weight, weight_scale, weight_zero, wanted, x.dtype)
+    check_weight(name, "qkv_weight", qkv_weight, weight_scale, weight_zero, wanted, x)
     check(
         norm_weight.shape[0] == x.shape[1],
         lambda: f"{name}: norm_weight has {norm_weight.shape[0]} values, x {x.shape[1]}",

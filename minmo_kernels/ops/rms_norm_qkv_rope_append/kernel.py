@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from minmo_kernels import tuning
-from minmo_kernels.launch import launch, target, triton_dtype
+from minmo_kernels.launch import launch, lookup_table, target, triton_dtype
 from minmo_kernels.ops.append_kv.kernel import store_kv
 from minmo_kernels.ops.linear_residual import group_size, weight_bits
 from minmo_kernels.tiles import project, rope_table, rotation
@@ -38,7 +38,7 @@ def run(
     launch(
         _qkv, (triton.cdiv(dim, tile["BLOCK_N"]), heads + 2 * kv_heads, 1),
         x, norm_weight, qkv_weight, weight_scale, weight_zero, qkv_bias, k_cache, v_cache, rows, lengths,
-        rope_table(rope_theta, dim, x.device), q, batch, capacity, eps,
+        lookup_table(rope_table, rope_theta, dim, device=x.device), q, batch, capacity, eps,
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, RING=ring, DIM=x.shape[1], GROUP=group_size(qkv_weight,
         weight_zero), ROWS=bucket,
         DOT=triton_dtype(x.dtype), **tile,

@@ -79,6 +79,7 @@ def streaming_attention(
         check_counts(name, "q_lengths", q_lengths, batch, queries)
     check(mask in MASKS, lambda: f"{name}: mask must be one of {', '.join(MASKS)}, got {mask!r}")
     check((mask == "chunk") == (chunk > 0), lambda: f"{name}: chunk must be > 0 with mask 'chunk' and 0 otherwise")
+    check(window >= 0 and partials >= 0, lambda: f"{name}: window and partials are 0 (none) or positive")
     check(window == 0 or mask == "causal", lambda: f"{name}: window goes with mask 'causal'")
     if ring:
         seen = window - 1 if mask == "causal" and window > 0 else chunk * left_chunks if left_chunks >= 0 else -1

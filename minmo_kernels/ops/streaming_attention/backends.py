@@ -53,8 +53,12 @@ def _gpu_library_refuses(request: Request, module: str) -> str | None:
         return "it came with torch 2.13" if module == "varlen" else f"{module} is not installed"
     if request.device != "cuda":
         return "it runs on a GPU only"
+    if request.capability is not None and request.capability < (8, 0):
+        return "it needs compute capability 8.0 or newer"
     if request.dtypes[0] not in (torch.float16, torch.bfloat16):
         return "it takes fp16 and bf16 only"
+    if request.features["dim"] % 8 or request.features["dim"] > 256:
+        return "its head dimension is a multiple of 8 up to 256"
     if torch.int8 in request.dtypes:
         return "it takes no int8 caches"
     if request.grad:
@@ -91,6 +95,8 @@ def _xformers_refuses(request: Request) -> str | None:
 def _flex_refuses(request: Request) -> str | None:
     if request.device != "cuda":
         return "without a GPU it is eager attention, which the reference is already"
+    if torch.float64 in request.dtypes or request.features["dim"] < 16:
+        return "it takes 32 bits at most and head dimensions from 16"
     if request.features["partials"]:
         return "it returns merged results only"
     return "attention over a cache has no backward here" if request.grad else None
@@ -193,7 +199,9 @@ def _varlen(
         return_aux=varlen.AuxRequest(lse=True), scale=scale, window_size=(left, 0 if mask == "causal" else -1),
         enable_gqa=heads != k_cache.shape[2], seqused_k=ends, block_table=session[:, None],
     )  # fmt: skip
-    return _cleared(out.view(batch, queries, heads, dim), lse.view(batch, queries, heads) if return_lse else None, rows)
+    # The documentation says (queries, heads); the operator beneath and its fake function say (heads, queries).
+    lse = lse.T.reshape(batch, queries, heads) if return_lse else None
+    return _cleared(out.view(batch, queries, heads, dim), lse, rows)
 
 
 def _xformers(
