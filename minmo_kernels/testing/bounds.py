@@ -73,10 +73,12 @@ class Bounds:
 def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
     """stages: the launch's num_stages; loads through shared memory run so many turns less one ahead. streamed: bytes of
     its weight or cache that a warp takes in a turn, where that is known: the rest of what it loads (activations,
-    scales) comes from a cache and is no progress. Unrolled loops are then bounded from below."""
-    body = max(binary.innermost_loops(), key=loaded_bytes, default=())
+    scales) comes from a cache and is no progress. Unrolled loops are then bounded from below. A binary without a loop
+    is taken as a whole."""
+    loops = binary.innermost_loops()
+    body = max(loops, key=loaded_bytes) if loops else tuple(text for _, text in binary.listing)
     size = loaded_bytes(body)
-    if streamed:
+    if streamed and loops:
         size = min(size, streamed)
     slow = 32 * sum(1 for text in body if _SLOW.search(text))
     ahead = max(1, stages - 1) if binary.count("LDGSTS") else 1

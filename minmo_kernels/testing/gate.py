@@ -112,9 +112,9 @@ def faults(
     record: Launch, binary: Binary, sm: int, budget: Mapping[str, float] | None, known: bool, reason: str | None = None
 ) -> Iterator[str]:
     """What the gate does not let pass of a launch's binary. budget: its own, None = none is written; known: whether
-    this version of Triton has budgets at all (one that has none only reports). reason: why a kernel that streams may be
-    limited by its instructions."""
-    if binary.stack:
+    this version of Triton has budgets at all (one that has none only reports). reason: why a kernel may keep
+    registers in memory, or one that streams be limited by its instructions."""
+    if binary.stack and not reason:
         yield f"it keeps {binary.stack} bytes a thread in memory: registers spill"
     if binary.shared > SHARED_LIMIT[sm]:
         yield f"{binary.shared} bytes of shared memory; sm_{sm} has {SHARED_LIMIT[sm]}"
@@ -124,8 +124,8 @@ def faults(
     rate = limits(record, binary).rate
     if streams(record):
         need = MARGIN * max(chip.share for chip in CHIPS[sm])
-        if not binary.innermost_loops():
-            yield "no loop was found in it, so nothing bounds how fast it streams"
+        if rate == float("inf"):
+            yield "no load was found in it, so nothing bounds how fast it streams"
         elif rate < need and not reason:
             yield f"it cannot load more than {rate:.1f} bytes a clock an SM; {need:.1f} leave memory the limit"
     if not known:
@@ -148,8 +148,8 @@ def read_budgets(path: Path) -> dict[str, dict[str, float]]:
 
 
 def reason_for(path: Path, record: Launch) -> str | None:
-    """Why a launch may be limited by its instructions: the first entry under "reasons" whose words are all in its
-    key."""
+    """Why a launch may be short of registers or limited by its instructions: the first entry under "reasons" whose
+    words are all in its key."""
     for words, reason in json.loads(path.read_text()).get("reasons", {}).items():
         if set(words.split()) <= set(record.key.split()):
             return str(reason)

@@ -27,12 +27,13 @@ def test_kernels_compile_within_their_budgets(sm, name):
     found = [record for *_, record in gate.shipped(kernel_dims(load_config("minmo-8b")), sm, name)]
     assert found, f"no case of a preset launches {name}; the gate sees nothing of it"
     budgets = gate.read_budgets(BUDGETS)
-    unknown = None if budgets else "this version of Triton has no budgets"
+    known = any(key.startswith(f"sm_{sm} ") for key in budgets)
+    unknown = None if known else "this version of Triton has no budgets for this GPU"
     faults = []
     for record in found:
         binary = compiled(record, sm)
         budget, reason = budgets.get(f"sm_{sm} {record.key}"), gate.reason_for(BUDGETS, record) or unknown
-        for fault in gate.faults(record, binary, sm, budget, known=bool(budgets), reason=reason):
+        for fault in gate.faults(record, binary, sm, budget, known=known, reason=reason):
             faults.append(f"{record.key}: {fault}")
     assert not faults, "\n".join(faults)
 
@@ -56,5 +57,5 @@ def test_a_projection_that_slows_down_is_noticed():
     assert list(gate.faults(record, binary, 90, kept, known=True, reason="none")) == []
     faster = {**kept, "rate": 2 * kept["rate"]}
     assert "budget" in next(gate.faults(record, binary, 90, faster, known=True, reason="none"))
-    unrolled = replace(binary, listing=())
-    assert "no loop" in next(gate.faults(record, unrolled, 90, None, known=False))
+    empty = replace(binary, listing=())
+    assert "no load" in next(gate.faults(record, empty, 90, None, known=False))
