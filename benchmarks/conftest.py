@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timing
 import torch
 from results import Results
+
+from minmo_kernels.testing import timing
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -12,7 +12,6 @@ import statistics
 from typing import Any
 
 import pytest
-import timing
 import torch
 from results import Results
 
@@ -21,7 +20,7 @@ from minmo.config import load_config
 from minmo.info import kernel_dims
 from minmo_kernels.dispatch import OPS
 from minmo_kernels.spec import OpSpec, load_all
-from minmo_kernels.testing import assert_as_good_as_reference, outputs
+from minmo_kernels.testing import timing
 
 ROUNDS = 20
 
@@ -39,36 +38,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("spec,part,case,backend", found)
 
 
-def moved(arguments: dict[str, Any], device: torch.device, widened: torch.dtype | None = None) -> dict[str, Any]:
-    """A copy of the arguments on a device, those of the dtype `widened` in fp64."""
-    return {
-        name: value.to(device, torch.float64 if value.dtype == widened else value.dtype, copy=True)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in arguments.items()
-    }
-
-
-def given(spec: OpSpec, case: Any, device: torch.device) -> dict[str, Any]:
-    """The case's arguments as a decode step gives them: no log-sum-exp."""
-    arguments = spec.make(case)
-    return moved({**arguments, **({"return_lse": False} if "return_lse" in arguments else {})}, device)
-
-
-def check(spec: OpSpec, case: Any, backend: str, device: torch.device) -> None:
-    """The backend's error on this case against the reference's, both measured from fp64."""
-    arguments = given(spec, case, torch.device("cpu"))
-    results = []
-    for name, widened in ((backend, None), ("reference", None), ("reference", getattr(torch, case["dtype"]))):
-        mine = moved(arguments, device, widened)
-        with mk.use_backend(name):
-            result = outputs(spec.function(**mine))
-        results.append([*result, *spec.mutated(mine)])
-    for actual, reference, exact in zip(*results, strict=True):
-        seen = exact == exact  # what no call has written yet is NaN
-        assert_as_good_as_reference(actual[seen], reference[seen], exact[seen])
-
-
 def test_operation(
     benchmark: Any,
     spec: OpSpec,
@@ -82,11 +51,11 @@ def test_operation(
     name = results.name(spec.name, part, backend, case)
     if name in results.kept:
         pytest.skip("measured already, in the results file")
-    arguments = given(spec, case, device)
+    arguments = timing.arguments_for(spec, case, device)
     verdict = next(v for v in mk.explain(spec.function, **arguments).verdicts if v.backend == backend)
     if verdict.reason is not None:
         pytest.skip(f"{backend}: {verdict.reason}")
-    check(spec, case, backend, device)
+    timing.assert_backend_holds(spec, case, backend, arguments)
     moves, flops = spec.bytes(case), spec.flops(case)
     benchmark.extra_info.update(
         {"operation": spec.name, "part": part, "backend": backend, "case": dict(case), "bytes": moves, **machine}

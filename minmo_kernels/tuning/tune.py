@@ -21,7 +21,7 @@ import torch
 from minmo_kernels import dispatch, tuning
 from minmo_kernels.launch import launches
 from minmo_kernels.spec import OpSpec, load_all
-from minmo_kernels.testing import assert_as_good_as_reference, outputs
+from minmo_kernels.testing import timing
 
 STEPS = {"BLOCK_N": (0.5, 1, 2), "BLOCK_K": (0.5, 1, 2), "num_warps": (0.5, 1, 2), "num_stages": (-1, 0, 1)}
 """What is varied around a configuration: factors, and for num_stages differences."""
@@ -94,42 +94,20 @@ def tuned(
 
 
 def timed(spec: OpSpec, case: Mapping[str, Any]) -> float | None:
-    """Median seconds of a replayed graph of eight calls on this GPU, over the result's check against the reference."""
-    given = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in spec.make(case).items()}
-
-    def copied() -> dict[str, Any]:
-        return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in given.items()}
-
+    """Median seconds of a call on this GPU with a cold cache; None where it does not launch or its result is wrong."""
     import triton.errors
 
-    widened = {
-        k: v.double() if isinstance(v, torch.Tensor) and v.dtype == getattr(torch, case["dtype"]) else v
-        for k, v in copied().items()
-    }
+    device = torch.device("cuda")
+    arguments = timing.arguments_for(spec, case, device)
     try:
+        timing.assert_backend_holds(spec, case, "triton", arguments)
         with dispatch.use_backend("triton"):
-            actual = outputs(spec.function(**copied()))
-        with dispatch.use_backend("reference"):
-            expected, exact = outputs(spec.function(**copied())), outputs(spec.function(**widened))
-        for a, r, e in zip(actual, expected, exact, strict=True):
-            assert_as_good_as_reference(a, r, e)
-        sets = [copied() for _ in range(8)]
-        graph = torch.cuda.CUDAGraph()
-        with dispatch.use_backend("triton"), torch.cuda.graph(graph):
-            for arguments in sets:
-                spec.function(**arguments)
+            sets = timing.clones(arguments, spec.bytes(case), device)
+            times = timing.event_times(timing.captured(spec.function, sets))
     # A tile that does not fit, or a wrong result: not a candidate.
     except (AssertionError, RuntimeError, ValueError, triton.errors.TritonError):
         return None
-    samples = []
-    for _ in range(20):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(begin.elapsed_time(end) / 1e3 / len(sets))
-    return statistics.median(samples)
+    return statistics.median(times) / len(sets)
 
 
 def write(sm: int, found: Found, before: Mapping[str, Any], measured: dict[str, str]) -> str:

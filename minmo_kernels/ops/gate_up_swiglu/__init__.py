@@ -44,8 +44,8 @@ def gate_up_swiglu(
 
 OP = Op(
     "gate_up_swiglu",
-    "(Tensor x, Tensor norm_weight, Tensor weight, Tensor rows, Tensor? weight_scale, Tensor? weight_zero, float"
-    " eps) -> Tensor",
+    "(Tensor x, Tensor norm_weight, Tensor weight, Tensor rows, Tensor? weight_scale, Tensor? weight_zero,"
+    " float eps) -> Tensor",
     reference=reference,
     fake=lambda x, norm_weight, weight, rows, weight_scale, weight_zero, eps: x.new_empty(
         (x.shape[0], weight.shape[0] // 2)

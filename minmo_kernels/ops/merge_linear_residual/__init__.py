@@ -49,8 +49,8 @@ def merge_linear_residual(
 
 OP = Op(
     "merge_linear_residual",
-    "(Tensor partials, Tensor lse, Tensor weight, Tensor residual, Tensor rows, Tensor? weight_scale, Tensor?"
-    " weight_zero) -> Tensor",
+    "(Tensor partials, Tensor lse, Tensor weight, Tensor residual, Tensor rows, Tensor? weight_scale,"
+    " Tensor? weight_zero) -> Tensor",
     reference=reference,
     fake=lambda partials, lse, weight, residual, rows, weight_scale, weight_zero: torch.empty_like(residual),
     features=lambda partials, lse, weight, *args: {"dim": partials.shape[3], "rows": rows_bucket(len(lse))},

@@ -1,4 +1,4 @@
-"""How a call is timed: on a GPU by replaying a captured graph over rotating inputs, on a CPU directly.
+"""How a call is timed on a GPU, once its result has held: by replaying a captured graph over rotating inputs.
 
 Rotating inputs keep the L2 cache cold: the sets of arguments together are several times its size, so that what is
 measured is memory, as in a decode step whose weights pass by once. A graph takes the launches' own cost out.
@@ -12,11 +12,47 @@ from typing import Any
 
 import torch
 
+from minmo_kernels import dispatch
+from minmo_kernels.spec import Case, OpSpec
+from minmo_kernels.testing.data import outputs
+from minmo_kernels.testing.tolerance import assert_as_good_as_reference
+
 SETS = 64
 """Most sets of arguments in rotation; calls that move less than the cache's 64th part are timed warm, which is as they
 run."""
 COLD = 5
 """All sets together move at least this many times the L2 cache, where SETS and memory allow."""
+
+
+def arguments_for(spec: OpSpec, case: Case, device: torch.device) -> dict[str, Any]:
+    """The case's arguments as a decode step gives them: no log-sum-exp."""
+    arguments = spec.make(case)
+    if "return_lse" in arguments:
+        arguments["return_lse"] = False
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+
+
+def _copied(arguments: dict[str, Any], widened: torch.dtype | None = None) -> dict[str, Any]:
+    """The arguments with tensors of their own, those of the dtype `widened` in fp64."""
+    return {
+        name: value.to(torch.float64 if value.dtype == widened else value.dtype, copy=True)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in arguments.items()
+    }
+
+
+def assert_backend_holds(spec: OpSpec, case: Case, backend: str, arguments: dict[str, Any]) -> None:
+    """The backend's error on the case's arguments against the reference's, both measured from the reference in fp64."""
+    results = []
+    for name, widened in ((backend, None), ("reference", None), ("reference", getattr(torch, case["dtype"]))):
+        mine = _copied(arguments, widened)
+        with dispatch.use_backend(name):
+            result = outputs(spec.function(**mine))
+        results.append([*result, *spec.mutated(mine)])
+    for actual, reference, exact in zip(*results, strict=True):
+        seen = exact == exact  # what no call has written yet is NaN
+        assert_as_good_as_reference(actual[seen], reference[seen], exact[seen])
 
 
 def clones(arguments: dict[str, Any], moves: int, device: torch.device) -> list[dict[str, Any]]:
@@ -25,7 +61,7 @@ def clones(arguments: dict[str, Any], moves: int, device: torch.device) -> list[
     size = sum(t.numel() * t.element_size() for t in arguments.values() if isinstance(t, torch.Tensor))
     room = torch.cuda.mem_get_info(device)[0] // 2 // max(1, size)
     count = max(2, min(SETS, room, -(-COLD * cache // max(1, moves))))
-    return [{k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()} for _ in range(count)]
+    return [_copied(arguments) for _ in range(count)]
 
 
 def captured(function: Callable[..., Any], sets: list[dict[str, Any]]) -> Callable[[], None]:
