@@ -26,16 +26,21 @@ bench: .venv/bench.installed
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(STAGE) $(RESULTS)
 
-.venv/core.installed: pyproject.toml constraints.txt
+# Bytecode is left to the first import: most files of torch and transformers are never imported.
+PIP = .venv/bin/python -m pip install --quiet --no-compile -c constraints.txt
+
+.venv/bin/python:
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e .
+
+.venv/core.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e .
 	touch $@
 
-.venv/dev.installed: .venv/core.installed
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	.venv/bin/python -m pip install --quiet -c constraints.txt --no-deps s3tokenizer # why: pyproject.toml, dev
-	touch $@
+.venv/dev.installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) -e ".[dev]"
+	$(PIP) --no-deps s3tokenizer # why: pyproject.toml, dev
+	touch .venv/core.installed $@
 
 .venv/bench.installed: .venv/dev.installed
-	.venv/bin/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(PIP) -e ".[bench]"
 	touch $@
