@@ -5,7 +5,7 @@ Each operation is a function whose docstring is its contract; `explain` says whi
 bit, `warmup` compiles ahead.
 """
 
-from minmo_kernels.dispatch import BackendError, explain, strict, use_backend
+from minmo_kernels.dispatch import BackendError, Fault, explain, strict, use_backend
 from minmo_kernels.launch import warmup
 from minmo_kernels.ops.append_kv import append_kv
 from minmo_kernels.ops.fsmn import fsmn
@@ -24,6 +24,7 @@ from minmo_kernels.tuning import invariant
 
 __all__ = [
     "BackendError",
+    "Fault",
     "append_kv",
     "explain",
     "fsmn",

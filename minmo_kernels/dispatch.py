@@ -13,6 +13,7 @@ through the reference for the same reason.
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
@@ -29,6 +30,7 @@ OPS: dict[str, Op] = {}
 _FORCED = os.environ.get("MINMO_KERNELS_BACKEND")
 _forced: ContextVar[str | None] = ContextVar("forced", default=_FORCED)
 _strict: ContextVar[bool] = ContextVar("strict", default=False)
+_words: ContextVar[torch.Tensor | None] = ContextVar("words", default=None)
 _intercepting: ContextVar[bool] = ContextVar("intercepting", default=False)
 
 
@@ -233,18 +235,64 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def strict() -> Iterator[None]:
-    """Inside the block, a call that only the reference could serve raises BackendError, with every backend's reason."""
-    token = _strict.set(True)
+def strict(words: torch.Tensor | None = None) -> Iterator[None]:
+    """Inside the block, a call that only the reference could serve raises BackendError, with every backend's reason.
+
+    words: (batch or more,) int32 on the operations' device. Then every call also checks the numbers that say where to
+    read and write (rows, lengths, counts, ids): an entry for which one is out of range counts as padding, and the
+    `Fault` is set in its word, on the device, without a synchronisation, so in captured graphs too. Without words these
+    numbers are checked on a CPU, where they raise ValueError; elsewhere a call with bad ones is undefined.
+    """
+    tokens = _strict.set(True), _words.set(words)
     try:
         yield
     finally:
-        _strict.reset(token)
+        _strict.reset(tokens[0])
+        _words.reset(tokens[1])
 
 
 def is_strict() -> bool:
     """Whether the call is inside `strict()`."""
     return _strict.get()
+
+
+class Fault(enum.IntFlag):
+    """Bits of an error word: see `strict`."""
+
+    ROW = 1
+    """rows names a session that does not exist."""
+    LENGTH = 2
+    """A length or a count that the input or the cache cannot hold."""
+    ID = 4
+    """A token id outside its table."""
+
+
+Rule = tuple[Fault, Callable[[torch.Tensor], torch.Tensor], Callable[[int], str]]
+"""A check of values: what it finds; which entries are wrong, (batch,) bool, given each one's session (batch,) int64;
+and the message about one of them."""
+
+
+def checked_rows(op: str, rows: torch.Tensor, sessions: int | None, *rules: Rule) -> torch.Tensor:
+    """`rows` after the checks of values, for the active entries: raises on a CPU, makes padding of them under
+    `strict(words)`, and does nothing otherwise. sessions: how many there are, None where no state is read."""
+    words = _words.get()
+    if torch.compiler.is_compiling() or (words is None and not rows.is_cpu):
+        return rows
+    last = 2**31 - 1 if sessions is None else sessions - 1
+    beyond: Rule = (
+        Fault.ROW,
+        lambda _: rows > last,
+        lambda entry: f"rows names session {int(rows[entry])} of {sessions}",
+    )
+    session = rows.clamp(0, max(0, last)).long()
+    for fault, find, message in (beyond, *rules) if sessions != 0 else (beyond,):
+        wrong = find(session) & (rows >= 0)
+        if words is not None:
+            words[: len(rows)].bitwise_or_(wrong.int() * fault)
+            rows = torch.where(wrong, -1, rows)
+        elif bool(wrong.any()):
+            raise ValueError(f"{op}: {message(int(wrong.nonzero()[0]))}")
+    return rows
 
 
 def check(condition: bool, message: Callable[[], str]) -> None:
@@ -265,17 +313,15 @@ def check_tensor(op: str, name: str, tensor: torch.Tensor, shape: str, device: t
         raise ValueError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
 
 
-def check_counts(op: str, name: str, counts: torch.Tensor, batch: int, most: int) -> None:
-    """Checks that counts has one entry a batch entry and, on a CPU, that each lies in 0 .. most."""
+def check_counts(op: str, name: str, counts: torch.Tensor, batch: int, most: int) -> Rule:
+    """Checks that counts has one entry a batch entry -> the rule that each lies in 0 .. most."""
     if len(counts) != batch:
         raise ValueError(f"{op}: {name} has {len(counts)} entries for a batch of {batch}")
-    if looks_at_values(counts) and bool(((counts < 0) | (counts > most)).any()):
-        raise ValueError(f"{op}: {name} must lie in 0 .. {most}, got {counts.tolist()}")
-
-
-def looks_at_values(tensor: torch.Tensor) -> bool:
-    """Whether validation may read numbers: on a CPU, where that costs nothing, and not while a graph is traced."""
-    return tensor.is_cpu and not torch.compiler.is_compiling()
+    return (
+        Fault.LENGTH,
+        lambda _: (counts < 0) | (counts > most),
+        lambda _: f"{name} must lie in 0 .. {most}, got {counts.tolist()}",
+    )
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

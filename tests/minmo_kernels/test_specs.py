@@ -169,7 +169,7 @@ def test_a_ring_that_has_lost_what_a_query_sees_is_refused():
     cache = torch.zeros(1, 5, 1, 64)
     arguments = (torch.zeros(1, 1, 1, 64), cache, cache, torch.zeros(1, dtype=torch.int32))
     form = {"mask": "chunk", "chunk": 4, "left_chunks": 1, "ring": True}
-    with pytest.raises(ValueError, match="sees position 4, but a ring of 5 holds 6 .. 10"):
+    with pytest.raises(ValueError, match="a ring of 5 no longer holds all that the queries of entry 0 see"):
         mk.streaming_attention(*arguments, torch.tensor([11], dtype=torch.int32), **form)
     mk.streaming_attention(*arguments, torch.tensor([9], dtype=torch.int32), **form)
 
@@ -180,3 +180,68 @@ def test_counts_outside_the_input_are_refused():
         mk.fsmn(v, weight, None, rows, torch.tensor([4, 1], dtype=torch.int32))
     with pytest.raises(ValueError, match="lengths has 1 entries for a batch of 2"):
         mk.fsmn(v, weight, None, rows, torch.tensor([3], dtype=torch.int32))
+
+
+FAULTS = {
+    "append_kv": ("row", "session"),
+    "fsmn": ("row", "count"),
+    "fsq_encode": ("count",),
+    "log_mel": ("row", "count"),
+    "mix_semantic_speech": ("id",),
+    "rms_norm_qkv_rope_append": ("row", "session"),
+    "sample_token": ("row",),
+    "streaming_attention": ("row", "session"),
+}
+"""What of an entry can lie out of range: its row, its session's length, its own count, an id."""
+
+
+def spoil(arguments, what, entry):
+    """Makes one number of a batch entry wrong -> the fault that it is."""
+    if what == "row":
+        arguments["rows"][entry] = 10**6
+        return mk.Fault.ROW
+    if what == "session":
+        arguments["lengths"][arguments["rows"][entry]] = -1
+        return mk.Fault.LENGTH
+    if what == "count":
+        arguments["lengths"][entry] = 10**6
+        return mk.Fault.LENGTH
+    arguments["speech"][entry] = len(arguments["speech_table"])
+    return mk.Fault.ID
+
+
+@pytest.mark.parametrize("name,what", [(name, what) for name, kinds in FAULTS.items() for what in kinds])
+def test_numbers_out_of_range_raise_or_make_padding_of_their_entry(name, what):
+    spec, seen = SPECS[name], 0
+
+    @settings(EXAMPLES, max_examples=15)
+    @given(spec.draw(st), st.integers(0, 3))
+    def check(case, entry):
+        nonlocal seen
+        whole = spec.make(case)
+        rows = whole.get("rows")
+        stateless = what == "row" and whole.get("carry", rows) is None
+        if rows is None or entry >= len(rows) or rows[entry] < 0 or stateless:
+            return
+        if what == "id":
+            starts = whole["speech_starts"]
+            first = 0 if starts is None else max(0, int(starts[entry]))
+            if first >= min(int(whole["speech_lengths"][entry]), first + whole["speech"].shape[1]):
+                return
+        seen += 1
+        wrong, without = copied(whole), copied(whole)
+        without["rows"][entry] = -1
+        fault = spoil(wrong, what, entry)
+        with pytest.raises(ValueError, match=name):
+            run(spec, wrong)
+        words = torch.zeros(len(rows) + 1, dtype=torch.int32)
+        with mk.strict(words), mk.use_backend("reference"):
+            actual = run(spec, wrong)
+        assert words.tolist() == [fault if i == entry else 0 for i in range(len(words))]
+        with mk.use_backend("reference"):
+            expected = run(spec, without)
+        for a, e in zip(actual, expected, strict=True):
+            assert torch.equal(a.nan_to_num(7.0), e.nan_to_num(7.0))
+
+    check()
+    assert seen

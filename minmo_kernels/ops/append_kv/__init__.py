@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, Request, check, check_counts, check_tensor
+from minmo_kernels.dispatch import Fault, Op, Request, Rule, check, check_counts, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.append_kv.reference import reference
 
@@ -52,9 +52,10 @@ def append_kv(
     check_tensor(name, "lengths", lengths, "sessions", qkv.device, torch.int32)
     if bias is not None:
         check_tensor(name, "bias", bias, "packed", qkv.device, qkv.dtype)
+    rules: list[Rule] = []
     if q_lengths is not None:
         check_tensor(name, "q_lengths", q_lengths, "batch", qkv.device, torch.int32)
-        check_counts(name, "q_lengths", q_lengths, len(qkv), qkv.shape[1])
+        rules.append(check_counts(name, "q_lengths", q_lengths, len(qkv), qkv.shape[1]))
     capacity, dim = k_cache.shape[1], k_cache.shape[3]
     packed = (heads + 2 * kv_heads) * dim
     check(k_cache.shape[2] == kv_heads, lambda: f"{name}: the caches have {k_cache.shape[2]} heads, not {kv_heads}")
@@ -69,8 +70,19 @@ def append_kv(
         qkv.shape[1] <= capacity,
         lambda: f"{name}: {qkv.shape[1]} new positions do not fit into a cache of {capacity}; append in pieces",
     )
+    rules.append(fitting(lengths, qkv.shape[1] if q_lengths is None else q_lengths, capacity, ring))
+    rows = checked_rows(name, rows, len(k_cache), *rules)
     return OP(
         qkv, bias, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, heads, kv_heads, rope_theta, rope, ring
+    )
+
+
+def fitting(lengths: Tensor, new: int | Tensor, capacity: int, ring: bool) -> Rule:
+    """The rule that `new` positions a row fit behind its `lengths` (sessions,) into a cache."""
+    return (
+        Fault.LENGTH,
+        lambda session: (lengths[session] < 0) | ((lengths[session] + new > capacity) & (not ring)),
+        lambda entry: f"entry {entry} does not fit a cache of {capacity}: lengths are {lengths.tolist()}",
     )
 
 
@@ -110,9 +122,8 @@ def refuses_head_dim(request: Request) -> str | None:
 OP = Op(
     "append_kv",
     "(Tensor qkv, Tensor? bias, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor rows, Tensor lengths,"
-    " Tensor? q_lengths, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int heads, int kv_heads, float rope_theta, bool"
-    " rope,"
-    " bool ring) -> Tensor",
+    " Tensor? q_lengths, Tensor(c!)? k_scale, Tensor(d!)? v_scale, int heads, int kv_heads, float rope_theta,"
+    " bool rope, bool ring) -> Tensor",
     reference=reference,
     fake=_fake,
     features=lambda qkv, bias, k, *args: {"ring": args[-1], "rope": args[-2], "dim": k.shape[3]},

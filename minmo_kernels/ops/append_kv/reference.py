@@ -30,8 +30,6 @@ def reference(
     step = torch.arange(items, device=qkv.device)
     exists = (step < count[:, None]) & (rows >= 0)[:, None]
     position = lengths[rows.clamp(min=0).long()][:, None] + step
-    if qkv.is_cpu and not ring and bool((exists & (position >= capacity)).any()):
-        raise ValueError(f"append_kv: position {int(position[exists].max())} does not fit a cache of {capacity}")
 
     packed = torch.where(exists[:, :, None], qkv, 0.0).to(compute_dtype(qkv.dtype))
     if bias is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_counts, check_tensor
+from minmo_kernels.dispatch import Op, check, check_counts, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.fsmn.reference import reference
 
@@ -35,13 +35,14 @@ def fsmn(v: Tensor, weight: Tensor, carry: Tensor | None, rows: Tensor, lengths:
     check(weight.shape[:2] == (dim, 1), lambda: f"{name}: weight must be ({dim}, 1, k), got {tuple(weight.shape)}")
     check(0 <= right < taps, lambda: f"{name}: right must be in 0 .. {taps - 1}, got {right}")
     check(len(rows) == batch, lambda: f"{name}: rows has {len(rows)} entries, v {batch}")
-    check_counts(name, "lengths", lengths, batch, items)
+    counts = check_counts(name, "lengths", lengths, batch, items)
     if carry is not None:
         check_tensor(name, "carry", carry, "sessions left dim", v.device, v.dtype)
         check(
             carry.shape[1:] == (taps - 1 - right, dim),
             lambda: f"{name}: carry must be (sessions, {taps - 1 - right}, {dim}), got {tuple(carry.shape)}",
         )
+    rows = checked_rows(name, rows, None if carry is None else len(carry), counts)
     return OP(v, weight, carry, rows, lengths, right)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_counts, check_tensor
+from minmo_kernels.dispatch import Op, check, check_counts, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.fsq_encode.reference import fsq_centres, reference
 
@@ -39,12 +39,13 @@ def fsq_encode(
     check(weight.shape[1] == x.shape[2], lambda: f"{name}: weight has {weight.shape[1]} columns for {x.shape[2]} of x")
     check(bias.shape[0] == weight.shape[0], lambda: f"{name}: weight and bias differ in their number of rows")
     check(len(rows) == len(x), lambda: f"{name}: rows has {len(rows)} entries, x {len(x)}")
-    check_counts(name, "lengths", lengths, len(x), x.shape[1])
+    counts = check_counts(name, "lengths", lengths, len(x), x.shape[1])
     check(len(levels) == weight.shape[0], lambda: f"{name}: {len(levels)} levels for {weight.shape[0]} digits")
     check(
         all(n >= 3 and n % 2 == 1 for n in levels), lambda: f"{name}: levels must be odd and at least 3, got {levels}"
     )
     check(math.prod(levels) < 2**31, lambda: f"{name}: {math.prod(levels)} codes do not fit int32")
+    rows = checked_rows(name, rows, None, counts)
     return OP(x, weight, bias, rows, lengths, list(levels))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, Request, check, check_counts, check_tensor
+from minmo_kernels.dispatch import Op, Request, check, check_counts, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.log_mel.filters import mel_filters
 from minmo_kernels.ops.log_mel.reference import reference
@@ -54,7 +54,7 @@ def log_mel(
     check_tensor(name, "window", window, "n_fft", audio.device)
     n_fft = window.shape[0]
     check(len(rows) == len(audio), lambda: f"{name}: rows has {len(rows)} entries, audio {len(audio)}")
-    check_counts(name, "lengths", lengths, len(audio), audio.shape[1])
+    counts = check_counts(name, "lengths", lengths, len(audio), audio.shape[1])
     check(
         filters.shape[1] == n_fft // 2 + 1,
         lambda: f"{name}: filters have {filters.shape[1]} bins, but a window of {n_fft} gives {n_fft // 2 + 1}",
@@ -65,6 +65,7 @@ def log_mel(
         check(rule == "stream", lambda: f"{name}: the whisper rule is one shot; pass carry=None")
         check_tensor(name, "carry", carry, "sessions left", audio.device, audio.dtype)
         check(carry.shape[1] == n_fft - hop, lambda: f"{name}: carry holds {carry.shape[1]} samples, not {n_fft - hop}")
+    rows = checked_rows(name, rows, None if carry is None else len(carry), counts)
     return OP(audio, lengths, carry, rows, filters, window, rule, hop, floor)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import Fault, Op, Rule, check, check_counts, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.mix_semantic_speech.reference import reference
 from minmo_kernels.ops.mix_semantic_speech.schedule import UNKNOWN_LENGTH, is_bistream
@@ -101,11 +101,10 @@ def mix_semantic_speech(
     )
     if bistream is None:
         bistream = is_bistream(text_lengths, speech_lengths, semantic_block, speech_block)
+    counts = {"query_lengths": query_lengths, "text_lengths": text_lengths, "speech_lengths": speech_lengths}
     for label, tensor, kind in (
         ("rows", rows, torch.int32),
-        ("query_lengths", query_lengths, torch.int32),
-        ("text_lengths", text_lengths, torch.int32),
-        ("speech_lengths", speech_lengths, torch.int32),
+        *((label, lengths, torch.int32) for label, lengths in counts.items()),
         ("starts", starts, torch.int32),
         ("vector_starts", vector_starts, torch.int32),
         ("speech_starts", speech_starts, torch.int32),
@@ -116,11 +115,35 @@ def mix_semantic_speech(
             tensor.shape[0] == batch,
             lambda label=label, tensor=tensor: f"{name}: {label} has {tensor.shape[0]} entries for a batch of {batch}",
         )
+    rows = checked_rows(
+        name,
+        rows,
+        None,
+        *(check_counts(name, label, lengths, batch, UNKNOWN_LENGTH) for label, lengths in counts.items()),
+        _known_ids(speech, speech_starts, speech_lengths, len(speech_table)),
+    )
     return OP(
         hidden, embedding, weight, bias, speech, speech_table, markers, rows, starts, query_lengths, text_lengths,
         speech_lengths, vector_starts, speech_starts, bistream, slots, semantic_block, speech_block, hidden_first,
         start_marker, turn_marker, fill, end_of_speech,
     )  # fmt: skip
+
+
+def _known_ids(speech: Tensor, starts: Tensor, lengths: Tensor, vocab: int) -> Rule:
+    """The rule that the speech tokens that exist are rows of the table."""
+
+    def unknown() -> Tensor:
+        number = starts[:, None] + torch.arange(speech.shape[1], device=speech.device, dtype=torch.int32)
+        return (number >= 0) & (number < lengths[:, None]) & ((speech < 0) | (speech >= vocab))
+
+    return (
+        Fault.ID,
+        lambda _: unknown().any(dim=1),
+        lambda entry: (
+            f"speech ids must lie in 0 .. {vocab - 1} (rows of speech_table),"
+            f" got {speech[entry][unknown()[entry]].tolist()}"
+        ),
+    )
 
 
 def _fake(hidden, embedding, weight, bias, speech, speech_table, markers, rows, starts, query_lengths, text_lengths,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, Request, check, check_tensor
+from minmo_kernels.dispatch import Op, Request, check, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
-from minmo_kernels.ops.append_kv import refuses_head_dim
+from minmo_kernels.ops.append_kv import fitting, refuses_head_dim
 from minmo_kernels.ops.linear_residual import check_weight, refuses_many_rows, rows_bucket
 from minmo_kernels.ops.rms_norm_qkv_rope_append.reference import reference
 
@@ -67,6 +67,7 @@ def rms_norm_qkv_rope_append(
         lengths.shape[0] == k_cache.shape[0],
         lambda: f"{name}: lengths has {lengths.shape[0]} rows for {k_cache.shape[0]} sessions",
     )
+    rows = checked_rows(name, rows, len(k_cache), fitting(lengths, 1, k_cache.shape[1], ring))
     return OP(
         x,
         norm_weight,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import Op, check, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.sample_token.reference import reference
 
@@ -71,6 +71,7 @@ def sample_token(
         check(len(banned) == len(rows), lambda: f"{name}: banned has {len(banned)} entries for {len(rows)} rows")
     check(0 <= stream < 2**32, lambda: f"{name}: stream must be in 0 .. 2^32 - 1, got {stream}")
     check(repetition_limit >= 1, lambda: f"{name}: repetition_limit must be at least 1, got {repetition_limit}")
+    rows = checked_rows(name, rows, len(seeds))
     return OP(
         logits, rows, seeds, positions, temperature, top_k, top_p, history, banned, stream, repetition_limit
     )  # fmt: skip

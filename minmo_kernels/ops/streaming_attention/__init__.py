@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_counts, check_tensor, looks_at_values
+from minmo_kernels.dispatch import Fault, Op, Rule, check, check_counts, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.append_kv import check_cache_scales, refuses_head_dim
 from minmo_kernels.ops.streaming_attention import backends
@@ -74,9 +74,10 @@ def streaming_attention(
     check(heads % kv_heads == 0, lambda: f"{name}: {heads} heads are no multiple of {kv_heads} kv heads")
     check(rows.shape[0] == batch, lambda: f"{name}: rows has {rows.shape[0]} entries for a batch of {batch}")
     check(lengths.shape[0] == sessions, lambda: f"{name}: lengths has {lengths.shape[0]} rows for {sessions} sessions")
+    rules: list[Rule] = []
     if q_lengths is not None:
         check_tensor(name, "q_lengths", q_lengths, "batch", q.device, torch.int32)
-        check_counts(name, "q_lengths", q_lengths, batch, queries)
+        rules.append(check_counts(name, "q_lengths", q_lengths, batch, queries))
     check(mask in MASKS, lambda: f"{name}: mask must be one of {', '.join(MASKS)}, got {mask!r}")
     check((mask == "chunk") == (chunk > 0), lambda: f"{name}: chunk must be > 0 with mask 'chunk' and 0 otherwise")
     check(window >= 0 and partials >= 0, lambda: f"{name}: window and partials are 0 (none) or positive")
@@ -88,8 +89,9 @@ def streaming_attention(
             capacity >= seen + queries,
             lambda: f"{name}: a ring of {capacity} cannot hold {seen} positions of context and {queries} new ones",
         )
-    if looks_at_values(q):
-        check_on_host(rows, lengths, q_lengths, queries, capacity, mask, window, chunk, left_chunks, chunk_offset, ring)
+    counts = queries if q_lengths is None else q_lengths
+    rules += _fitting(lengths, counts, capacity, mask, window, chunk, left_chunks, chunk_offset, ring)
+    rows = checked_rows(name, rows, sessions, *rules)
     out, lse = OP(
         q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask, window, chunk, left_chunks,
         chunk_offset, ring, dim**-0.5 if scale is None else scale, partials, return_lse or partials > 0,
@@ -97,11 +99,9 @@ def streaming_attention(
     return (out, lse) if return_lse or partials > 0 else out
 
 
-def check_on_host(
-    rows: Tensor,
+def _fitting(
     lengths: Tensor,
-    q_lengths: Tensor | None,
-    queries: int,
+    counts: int | Tensor,
     capacity: int,
     mask: str,
     window: int,
@@ -109,30 +109,29 @@ def check_on_host(
     left_chunks: int,
     chunk_offset: int,
     ring: bool,
-) -> None:
-    """What shapes do not say: each active entry's lengths against T and the cache."""
-    name = "streaming_attention"
-    for entry, row in enumerate(rows.tolist()):
-        if row < 0:
-            continue
-        check(row < len(lengths), lambda row=row: f"{name}: rows names session {row} of {len(lengths)}")
-        end, count = int(lengths[row]), queries if q_lengths is None else int(q_lengths[entry])
-        check(
-            0 <= count <= min(queries, end),
-            lambda n=count, e=end: f"{name}: q_lengths of {n} does not fit T = {queries} and {e} positions",
-        )
-        check(
-            ring or end <= capacity,
-            lambda e=end: f"{name}: a length of {e} exceeds the linear cache's {capacity} slots",
-        )
-        if ring and count:
-            start = first_visible(end - count, mask, window, chunk, left_chunks, chunk_offset)
-            check(
-                start >= end - capacity,
-                lambda s=start, e=end: (
-                    f"{name}: a query sees position {s}, but a ring of {capacity} holds {e - capacity} .. {e - 1} only"
-                ),
-            )
+) -> tuple[Rule, Rule]:
+    """The rules that a row has as many positions as queries, and that its cache holds what they see."""
+
+    def lost(session: Tensor) -> Tensor:
+        end = lengths[session]
+        if not ring:
+            return end > capacity
+        seen = first_visible(end - counts, mask, window, chunk, left_chunks, chunk_offset)
+        return (end > capacity) & (seen < end - capacity) & (torch.as_tensor(counts, device=end.device) > 0)
+
+    held = f"a ring of {capacity} no longer holds all that" if ring else f"a cache of {capacity} cannot hold what"
+    return (
+        (
+            Fault.LENGTH,
+            lambda session: lengths[session] < counts,
+            lambda entry: f"entry {entry} has more queries than positions, lengths are {lengths.tolist()}",
+        ),
+        (
+            Fault.LENGTH,
+            lost,
+            lambda entry: f"{held} the queries of entry {entry} see, lengths are {lengths.tolist()}",
+        ),
+    )
 
 
 def _fake(

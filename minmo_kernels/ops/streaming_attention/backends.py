@@ -131,7 +131,7 @@ def _torch(
         if row >= 0 and count > 0:
             end = ends[row]
             first = end - count
-            start = first_visible(first, mask, window, chunk, left_chunks, chunk_offset)
+            start = max(0, first_visible(first, mask, window, chunk, left_chunks, chunk_offset))
             if ring:
                 start = max(start, end - capacity)
                 slots = torch.arange(start, end) % capacity

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -93,13 +95,13 @@ def visible(
     return see & (key_chunk >= query_chunk - left_chunks) if left_chunks >= 0 else see
 
 
-def first_visible(query: int, mask: str, window: int, chunk: int, left_chunks: int, chunk_offset: int) -> int:
-    """The lowest position that a query sees."""
+def first_visible(query: Any, mask: str, window: int, chunk: int, left_chunks: int, chunk_offset: int) -> Any:
+    """The lowest position that a query sees, or a negative number for the first one. query: an integer or a tensor."""
     if mask == "causal" and window > 0:
-        return max(0, query - window + 1)
+        return query - window + 1
     if mask == "chunk" and left_chunks >= 0:
-        return max(0, ((query + chunk_offset) // chunk - left_chunks) * chunk - chunk_offset)
-    return 0
+        return ((query + chunk_offset) // chunk - left_chunks) * chunk - chunk_offset
+    return query * 0
 
 
 def _softmax_sum(scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
