@@ -275,8 +275,10 @@ and the message about one of them."""
 def checked_rows(op: str, rows: torch.Tensor, sessions: int | None, *rules: Rule) -> torch.Tensor:
     """`rows` after the checks of values, for the active entries: raises on a CPU, makes padding of them under
     `strict(words)`, and does nothing otherwise. sessions: how many there are, None where no state is read."""
+    if torch.compiler.is_compiling():
+        return rows
     words = _words.get()
-    if torch.compiler.is_compiling() or (words is None and not rows.is_cpu):
+    if words is None and not rows.is_cpu:
         return rows
     last = 2**31 - 1 if sessions is None else sessions - 1
     beyond: Rule = (

@@ -126,34 +126,43 @@ def inverse_rms(x_ptr, m, active, eps, DIM: tl.constexpr, BLOCK_K: tl.constexpr)
 
 
 @triton.jit
-def load_weights(
-    weight_ptr, scale_ptr, zero_ptr, n, start,
-    DIM: tl.constexpr, DIM_OUT: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """A block (BLOCK_N, BLOCK_K) of a weight (DIM_OUT, DIM), rows n, columns start ...; zeros where there is none.
+def load_weights(weight_ptr, n, k, DIM: tl.constexpr, DIM_OUT: tl.constexpr):
+    """A block of a weight (DIM_OUT, DIM) as it is stored, rows n (BLOCK_N,), columns k (1, BLOCK_K); zeros beyond."""
+    return tl.load(weight_ptr + n[:, None].to(tl.int64) * DIM + k, mask=(n < DIM_OUT)[:, None] & (k < DIM), other=0)
 
-    GROUP 0: as stored. Otherwise int4, two to a byte, with a scale and a zero point for every GROUP columns (a divisor
-    of BLOCK_K) -> fp32.
+
+@triton.jit
+def load_int4(
+    weight_ptr, scale_ptr, zero_ptr, n, start,
+    DIM: tl.constexpr, DIM_OUT: tl.constexpr, GROUP: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows n (BLOCK_N,), columns start ... of an int4 weight -> numbers, scale, shift: numbers * scale + shift.
+
+    numbers (BLOCK_N, BLOCK_K / 32, 8, 4) fp32, columns in order, are converted where they lie in their words: number
+    4i + j is 16^i times too large, which scale (BLOCK_N, BLOCK_K / 32, 8, 1) takes back, so that a weight costs a mask
+    and a conversion. shift (BLOCK_N, BLOCK_K / 32, 1, 1). Both are 0 where there is no weight.
     """
-    if GROUP == 0:
-        k = start + tl.arange(0, BLOCK_K)[None, :]
-        weight = tl.load(
-            weight_ptr + n[:, None].to(tl.int64) * DIM + k, mask=(n < DIM_OUT)[:, None] & (k < DIM), other=0
-        )
-    else:
-        group = start // GROUP + tl.arange(0, BLOCK_K // GROUP)[None, :, None]
-        read = (n < DIM_OUT)[:, None, None] & (group < DIM // GROUP)
-        at = n[:, None, None].to(tl.int64) * (DIM // GROUP) + group
-        byte = tl.arange(0, GROUP // 2)[None, None, :]
-        packed = tl.load(weight_ptr + at * (GROUP // 2) + byte, mask=read & (byte >= 0), other=0).to(tl.int32)
-        scale = tl.load(scale_ptr + at, mask=read, other=0.0).to(tl.float32)
-        shift = tl.load(zero_ptr + at, mask=read, other=0.0).to(tl.float32) * -scale
-        # A number in the last bits of 2^23 is 2^23 + number in fp32: no conversion instruction, which runs at a quarter
-        # of the rate.
-        low = ((packed & 15) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-        high = ((packed >> 4) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-        weight = tl.reshape(tl.join(low * scale + shift, high * scale + shift), (BLOCK_N, BLOCK_K))
-    return weight
+    piece = start // 32 + tl.arange(0, BLOCK_K // 32)[None, :, None, None]
+    word = tl.arange(0, 4)[None, None, None, :]
+    row = n[:, None, None, None].to(tl.int64)
+    read = (n < DIM_OUT)[:, None, None, None] & (piece < DIM // 32)
+    words_ptr = weight_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
+    words = tl.load(words_ptr + row * (DIM // 8) + piece * 4 + word, mask=read & (word >= 0), other=0)
+    place = tl.arange(0, 8)[None, None, :, None] * 4
+    numbers = (words & (15 << place).to(tl.uint32)).to(tl.float32)
+    at = row * (DIM // GROUP) + piece // (GROUP // 32)
+    step = tl.load(scale_ptr + at, mask=read, other=0.0).to(tl.float32)
+    zero = tl.load(zero_ptr + at, mask=read, other=0.0).to(tl.float32)
+    smaller = ((127 - place) << 23).to(tl.float32, bitcast=True)  # 2^-place
+    return numbers, step * smaller, step * -zero
+
+
+@triton.jit
+def int4_product(numbers, scale, shift, x):
+    """Weights of `load_int4` times inputs (1, BLOCK_K), summed within 32 columns -> (BLOCK_N, BLOCK_K / 32)."""
+    x = tl.reshape(x, (1, numbers.shape[1], 8, 4))
+    product = tl.sum(tl.sum(numbers * x, axis=3) * tl.reshape(scale, numbers.shape[:3]), axis=2)
+    return product + tl.reshape(shift, product.shape) * tl.sum(tl.sum(x, axis=3), axis=2)
 
 
 @triton.jit
@@ -165,8 +174,10 @@ def project(
     """Input rows times weight rows n (BLOCK_N,) of a row-major weight (DIM_OUT, DIM) -> (M, BLOCK_N) fp32.
 
     M is ROWS, the bucket of the batch, for 1 and 2 rows: plain multiplications, which is all that a memory-bound
-    product needs. Above, the tensor cores serve in the dtype DOT, and M is at least 16. Rows of the batch that are
-    padding count as zeros. An int8 weight has one fp32 scale a row in scale_ptr; int4: see `load_weights`.
+    product needs. Their inputs are loaded before the weights: between two loads' layouts the compiler takes the later
+    one's for the product, and weights should stay in the registers that they came to. Above 2 rows the tensor cores
+    serve in the dtype DOT, and M is at least 16. Rows of the batch that are padding count as zeros. An int8 weight has
+    one fp32 scale a row in scale_ptr; int4 (GROUP > 0): see `load_int4`.
     """
     columns = tl.arange(0, BLOCK_K)[None, :]
     if ROWS <= 2:
@@ -178,18 +189,28 @@ def project(
             norm0 = inverse_rms(x_ptr, first, active0, eps, DIM, BLOCK_K)
             if ROWS == 2:
                 norm1 = inverse_rms(x_ptr, first + 1, active1, eps, DIM, BLOCK_K)
-        sum0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        sum1 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        sums: tl.constexpr = BLOCK_K if GROUP == 0 else BLOCK_K // 32
+        sum0 = tl.zeros([BLOCK_N, sums], tl.float32)
+        sum1 = tl.zeros([BLOCK_N, sums], tl.float32)
         for start in range(0, DIM, BLOCK_K):
             k = start + columns
-            weight = load_weights(weight_ptr, scale_ptr, zero_ptr, n, start, DIM, DIM_OUT, GROUP, BLOCK_N, BLOCK_K)
-            weight = weight.to(tl.float32)
             read = active0 & (k < DIM)
-            sum0 += weight * load_inputs(x_ptr, lse_ptr, norm_ptr, norm0, first, k, read, parts, DIM, SOURCE, HEAD_DIM)
+            x0 = load_inputs(x_ptr, lse_ptr, norm_ptr, norm0, first, k, read, parts, DIM, SOURCE, HEAD_DIM)
             if ROWS == 2:
                 read = active1 & (k < DIM)
-                x = load_inputs(x_ptr, lse_ptr, norm_ptr, norm1, first + 1, k, read, parts, DIM, SOURCE, HEAD_DIM)
-                sum1 += weight * x
+                x1 = load_inputs(x_ptr, lse_ptr, norm_ptr, norm1, first + 1, k, read, parts, DIM, SOURCE, HEAD_DIM)
+            if GROUP == 0:
+                weight = load_weights(weight_ptr, n, k, DIM, DIM_OUT).to(tl.float32)
+                sum0 += weight * x0
+                if ROWS == 2:
+                    sum1 += weight * x1
+            else:
+                numbers, scale, shift = load_int4(
+                    weight_ptr, scale_ptr, zero_ptr, n, start, DIM, DIM_OUT, GROUP, BLOCK_K
+                )
+                sum0 += int4_product(numbers, scale, shift, x0)
+                if ROWS == 2:
+                    sum1 += int4_product(numbers, scale, shift, x1)
         if ROWS == 1:
             out = tl.sum(sum0, axis=1)[None, :]
         else:
@@ -204,10 +225,16 @@ def project(
         out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for start in range(0, DIM, BLOCK_K):
             k = start + columns
-            weight = load_weights(weight_ptr, scale_ptr, zero_ptr, n, start, DIM, DIM_OUT, GROUP, BLOCK_N, BLOCK_K)
+            if GROUP == 0:
+                weight = load_weights(weight_ptr, n, k, DIM, DIM_OUT).to(DOT)
+            else:
+                numbers, scale, shift = load_int4(
+                    weight_ptr, scale_ptr, zero_ptr, n, start, DIM, DIM_OUT, GROUP, BLOCK_K
+                )
+                weight = tl.reshape((numbers * scale + shift).to(DOT), (BLOCK_N, BLOCK_K))
             read = active & (k < DIM)
             x = load_inputs(x_ptr, lse_ptr, norm_ptr, norm, m, k, read, parts, DIM, SOURCE, HEAD_DIM)
-            out = tl.dot(x.to(DOT), tl.trans(weight.to(DOT)), out, input_precision="ieee")
+            out = tl.dot(x.to(DOT), tl.trans(weight), out, input_precision="ieee")
     if scale_ptr is not None and GROUP == 0:
         out = out * tl.load(scale_ptr + n, mask=n < DIM_OUT, other=0.0)[None, :]
     return out

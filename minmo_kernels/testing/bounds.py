@@ -76,7 +76,7 @@ def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
     scales) comes from a cache and is no progress. Unrolled loops are then bounded from below. A binary without a loop
     is taken as a whole."""
     loops = binary.innermost_loops()
-    body = max(loops, key=loaded_bytes) if loops else tuple(text for _, text in binary.listing)
+    body = max(loops, key=_progress) if loops else tuple(text for _, text in binary.listing)
     size = loaded_bytes(body)
     if streamed and loops:
         size = min(size, streamed)
@@ -88,6 +88,11 @@ def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
         quarter=QUARTER_RATE * size / slow if slow else float("inf"),
         loaded=size * ahead,
     )
+
+
+def _progress(body: Sequence[str]) -> tuple[bool, int]:
+    """What tells the loop that a kernel is there for: copies that run ahead, else the most bytes."""
+    return any("LDGSTS" in text for text in body), loaded_bytes(body)
 
 
 def resident_blocks(binary: Binary, chip: Chip) -> int:

@@ -76,7 +76,8 @@ def quantised(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
     scale = ((high - low).clamp(min=1e-5) / 15).to(weight.dtype)
     zero = (-low / scale.float()).to(weight.dtype)
     q = (groups / scale.float()[..., None] + zero.float()[..., None]).round().clamp(0, 15).to(torch.uint8).flatten(1)
-    return {name: q[:, 0::2] | q[:, 1::2] << 4, "weight_scale": scale, "weight_zero": zero}
+    even, odd = q.unflatten(1, (-1, 4, 2, 4)).transpose(2, 4).unbind(3)
+    return {name: (even | odd << 4).flatten(1), "weight_scale": scale, "weight_zero": zero}
 
 
 def dequantised(weight: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
@@ -86,7 +87,10 @@ def dequantised(weight: Tensor, scale: Tensor | None, zero: Tensor | None) -> Te
     if zero is None:
         return weight.double() * scale.double()[:, None]
     numbers = torch.empty(weight.shape[0], 2 * weight.shape[1], dtype=torch.float64)
-    numbers[:, 0::2], numbers[:, 1::2] = weight.double() % 16, weight.double() // 16
+    for at in range(weight.shape[1]):
+        piece, word, byte = at // 16, at // 4 % 4, at % 4
+        column = 32 * piece + 8 * byte + word
+        numbers[:, column], numbers[:, column + 4] = weight[:, at].double() % 16, weight[:, at].double() // 16
     each = numbers.shape[1] // scale.shape[1]
     scale, zero = (x.double().repeat_interleave(each, dim=1) for x in (scale, zero))
     return (numbers - zero) * scale

@@ -31,7 +31,9 @@ def played(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(launch, "INTERPRETING", False)
-    monkeypatch.setattr(launch, "target", lambda tensor: 90)
+    kernels = [importlib.import_module(f"minmo_kernels.ops.{spec.name}.kernel") for spec, _ in CASES.values()]
+    for module in (launch, *kernels):
+        monkeypatch.setattr(module, "target", lambda tensor: 90)
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(launch, "_warmed", False)
     monkeypatch.setattr(launch, "_compile", lambda *_: (stub, lambda *a: ran.append(a), ()))

@@ -33,8 +33,9 @@ def linear_residual(
     - x's dtype, as it is;
     - int8 with weight_scale (dim_out,) fp32: weight * weight_scale[:, None];
     - int4, uint8 (dim_out, dim_in / 2) with weight_scale and weight_zero (dim_out, groups) in x's dtype, a group being
-      32, 64 or 128 inputs: (number - weight_zero) * weight_scale. Byte j holds number 2j in its low half, 2j + 1 in its
-      high half.
+      32, 64 or 128 inputs: (number - weight_zero) * weight_scale. Each 32 inputs are four little-endian words of
+      four bytes: bits 4i .. 4i + 3 of word j hold number 4i + j, so that a thread which loads all four unpacks
+      neighbours with one shift.
     """
     name = "linear_residual"
     check_tensor(name, "x", x, "batch dim_in", x.device)

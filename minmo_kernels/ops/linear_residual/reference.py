@@ -22,5 +22,6 @@ def dequantised(weight: Tensor, scale: Tensor | None, zero: Tensor | None, kind:
         return weight.to(kind)
     if zero is None:
         return weight.to(kind) * scale.to(kind)[:, None]
-    numbers = torch.stack([weight & 15, weight >> 4], dim=2).to(kind).view(*scale.shape, -1)
+    words = weight.unflatten(1, (-1, 4, 4)).transpose(2, 3)  # (dim_out, dim_in / 32, byte of a word, word)
+    numbers = torch.stack([words & 15, words >> 4], dim=3).to(kind).reshape(*scale.shape, -1)
     return ((numbers - zero.to(kind)[..., None]) * scale.to(kind)[..., None]).flatten(1)
