@@ -60,12 +60,13 @@ def main() -> None:
     parser.add_argument("--write-budgets", action="store_true", help="make what is measured now the budget")
     options = parser.parse_args()
     console, budgets = Console(width=200), {}
-    for sm in options.sm or sorted(CHIPS):
+    sms = options.sm or sorted(CHIPS)
+    for sm in sms:
         table, found = report(options.preset, sm, options.operation)
         console.print(table)
         budgets.update(found)
     if options.write_budgets:
-        gate.write_budgets(BUDGETS, budgets)
+        gate.write_budgets(BUDGETS, budgets, sms if options.operation is None else ())
         console.print(f"{len(budgets)} budgets -> {BUDGETS}")
 
 

@@ -6,7 +6,7 @@ A budget file is keyed by Triton's minor version, then by GPU and kernel, becaus
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ def measured(record: Launch, binary: Binary) -> dict[str, float]:
     budget: dict[str, float] = {"registers": binary.registers, "shared": binary.shared}
     if streams(record):
         budget["rate"] = round(limits(record, binary).rate, 1)
+    if binary.stack:
+        budget["stack"] = binary.stack
     return budget
 
 
@@ -113,8 +115,8 @@ def faults(
 ) -> Iterator[str]:
     """What the gate does not let pass of a launch's binary. budget: its own, None = none is written; known: whether
     this version of Triton has budgets at all (one that has none only reports). reason: why a kernel may keep
-    registers in memory, or one that streams be limited by its instructions."""
-    if binary.stack and not reason:
+    registers in memory (no more than its budget), or one that streams be limited by its instructions."""
+    if binary.stack and (not reason or (known and binary.stack > (budget or {}).get("stack", 0))):
         yield f"it keeps {binary.stack} bytes a thread in memory: registers spill"
     if binary.shared > SHARED_LIMIT[sm]:
         yield f"{binary.shared} bytes of shared memory; sm_{sm} has {SHARED_LIMIT[sm]}"
@@ -156,10 +158,12 @@ def reason_for(path: Path, record: Launch) -> str | None:
     return None
 
 
-def write_budgets(path: Path, budgets: Mapping[str, Mapping[str, float]]) -> None:
-    """Puts budgets in the place of those for the same keys of this Triton version; the rest stays."""
+def write_budgets(path: Path, budgets: Mapping[str, Mapping[str, float]], complete: Iterable[int]) -> None:
+    """Puts budgets in the place of this Triton version's. complete: GPUs whose other budgets are of kernels that no
+    longer exist; the rest stays."""
     stored = json.loads(path.read_text()) if path.is_file() else {}
-    mine = {**stored.get(triton_version(), {}), **budgets}
+    gone = tuple([f"sm_{sm} " for sm in complete])
+    mine = {**{k: v for k, v in stored.get(triton_version(), {}).items() if not k.startswith(gone)}, **budgets}
     stored[triton_version()] = {key: dict(mine[key]) for key in sorted(mine)}
     path.write_text(json.dumps(stored, indent=1) + "\n")
 

@@ -62,8 +62,8 @@ MUTANTS = [
     ),
     Mutant(
         "dropped tail", "linear_residual", "tiles.py",
-        "for start in range(0, DIM, BLOCK_K):\n            k = start + columns\n            weight",
-        "for start in range(0, DIM - BLOCK_K + 1, BLOCK_K):\n            k = start + columns\n            weight",
+        "for start in range(0, DIM, BLOCK_K):\n            k = start + columns\n            if",
+        "for start in range(0, DIM - BLOCK_K + 1, BLOCK_K):\n            k = start + columns\n            if",
     ),
     Mutant(
         "transposed scale", "gate_up_swiglu", "tiles.py",
@@ -72,7 +72,7 @@ MUTANTS = [
     ),
     Mutant(
         "nibbles swapped", "linear_residual", "tiles.py",
-        "tl.join(low * scale + shift, high * scale + shift)", "tl.join(high * scale + shift, low * scale + shift)",
+        "place = tl.arange(0, 8)[None", "place = (tl.arange(0, 8) ^ 1)[None",
     ),
     Mutant(
         "scale of the wrong vector", "streaming_attention", "ops/streaming_attention/kernel.py",

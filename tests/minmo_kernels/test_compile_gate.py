@@ -48,6 +48,10 @@ def test_a_grown_kernel_is_noticed():
     small = {**kept, "registers": binary.registers - gate.REGISTER_SLACK - 1}
     assert "registers" in next(gate.faults(record, binary, 90, small, known=True))
     assert "no budget" in next(gate.faults(record, binary, 90, None, known=True))
+    spilling = replace(binary, stack=16)
+    assert "spill" in next(gate.faults(record, spilling, 90, kept, known=True))
+    assert "spill" in next(gate.faults(record, spilling, 90, kept, known=True, reason="said"))
+    assert list(gate.faults(record, spilling, 90, gate.measured(record, spilling), known=True, reason="said")) == []
 
 
 def test_a_projection_that_slows_down_is_noticed():
