@@ -280,6 +280,8 @@ def checked_rows(op: str, rows: torch.Tensor, sessions: int | None, *rules: Rule
     words = _words.get()
     if words is None and not rows.is_cpu:
         return rows
+    if words is not None and (words.dtype != torch.int32 or words.dim() != 1 or len(words) < len(rows)):
+        raise ValueError(f"{op}: strict(words) needs at least {len(rows)} int32 words, one a batch entry")
     last = 2**31 - 1 if sessions is None else sessions - 1
     beyond: Rule = (
         Fault.ROW,
