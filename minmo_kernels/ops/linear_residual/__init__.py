@@ -34,8 +34,8 @@ def linear_residual(
     - int8 with weight_scale (dim_out,) fp32: weight * weight_scale[:, None];
     - int4, uint8 (dim_out, dim_in / 2) with weight_scale and weight_zero (dim_out, groups) in x's dtype, a group being
       32, 64 or 128 inputs: (number - weight_zero) * weight_scale. Each 32 inputs are four little-endian words of
-      four bytes: bits 4i .. 4i + 3 of word j hold number 4i + j, so that a thread which loads all four unpacks
-      neighbours with one shift.
+      four bytes: bits 4i .. 4i + 3 of word j hold number 4i + j, so that a thread which loads all four has
+      neighbours under one mask.
     """
     name = "linear_residual"
     check_tensor(name, "x", x, "batch dim_in", x.device)
