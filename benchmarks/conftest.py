@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def device() -> torch.device:
 
 
 @pytest.fixture(scope="session")
+def load(device: torch.device) -> Callable[[], dict[str, Any]]:
+    """Reads the GPU's clocks and power; {} on a CPU."""
+    return timing.load_of(device) if device.type == "cuda" else dict
+
+
+@pytest.fixture(scope="session")
 def machine(device: torch.device) -> dict[str, Any]:
     """What stands beside every figure."""
     found: dict[str, Any] = {"torch": torch.__version__, "triton": _triton(), "python": platform.python_version()}
@@ -39,7 +46,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         **found,
         "device": torch.cuda.get_device_name(device),
         "copy_bandwidth": timing.copy_bandwidth(device),
-        **_nvml(device),
+        "driver": timing.driver(),
     }
 
 
@@ -49,19 +56,3 @@ def _triton() -> str:
     except ImportError:
         return "not installed"
     return str(triton.__version__)
-
-
-def _nvml(device: torch.device) -> dict[str, Any]:
-    """Clocks and power as the driver reports them, where nvidia-ml-py is installed."""
-    try:
-        import pynvml
-    except ImportError:
-        return {}
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
-    return {
-        "driver": str(pynvml.nvmlSystemGetDriverVersion()),
-        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-        "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-    }

@@ -25,7 +25,7 @@ def entries(path: Path) -> list[Entry]:
 
 
 def described(case: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k} {v}" for k, v in case.items() if k != "seed")
+    return ", ".join(f"{k} {v}" for k, v in case.items() if k not in ("seed", "filled"))
 
 
 def table(found: Iterable[Entry]) -> str:
@@ -36,6 +36,8 @@ def table(found: Iterable[Entry]) -> str:
         figure = f"{e['backend']} {1e6 * e['seconds']:.1f} µs, {e['gb_per_s']:.1f} GB/s"
         if "of_copy_bandwidth" in e:
             figure += f", {100 * e['of_copy_bandwidth']:.0f} % of copy"
+        if not e.get("graph", True):
+            figure += " (no graph: launches included)"
         lines.setdefault((e["operation"], e["part"], described(e["case"])), []).append((e["seconds"], figure))
         machines[f"{e['device']}, torch {e['torch']}, triton {e['triton']}"] = None
     return "\n".join(

@@ -8,11 +8,14 @@ speed. On a CPU the reference and torch backends are timed, so that the command 
 
 from __future__ import annotations
 
+import contextlib
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from peers import PEERS
 from results import Results
 
 import minmo_kernels as mk
@@ -30,11 +33,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     found = []
     for name, spec in load_all().items():
         for part, case in spec.cases_of(parts):
-            for backend in OPS[name].backends:
-                words = (f"{k}={v}" for k, v in case.items() if k != "seed")
-                found.append(
-                    pytest.param(spec, part, case, backend.name, id=f"{name}[{part}] {backend.name} " + " ".join(words))
-                )
+            for backend in [*(b.name for b in OPS[name].backends), *PEERS.get(name, {})]:
+                words = " ".join(f"{k}={v}" for k, v in case.items() if k not in ("seed", "filled"))
+                found.append(pytest.param(spec, part, case, backend, id=f"{name}[{part}] {backend} {words}"))
     metafunc.parametrize("spec,part,case,backend", found)
 
 
@@ -46,27 +47,36 @@ def test_operation(
     backend: str,
     device: torch.device,
     machine: dict[str, Any],
+    load: Callable[[], dict[str, Any]],
     results: Results,
 ) -> None:
     name = results.name(spec.name, part, backend, case)
     if name in results.kept:
         pytest.skip("measured already, in the results file")
     arguments = timing.arguments_for(spec, case, device)
-    verdict = next(v for v in mk.explain(spec.function, **arguments).verdicts if v.backend == backend)
-    if verdict.reason is not None:
-        pytest.skip(f"{backend}: {verdict.reason}")
-    timing.assert_backend_holds(spec, case, backend, arguments)
+    function, own = spec.function, arguments
+    if backend in PEERS.get(spec.name, {}):
+        found = PEERS[spec.name][backend](**arguments)
+        if isinstance(found, str):
+            pytest.skip(f"{backend}: {found}")
+        function, own = found
+        timing.assert_holds(spec, case, arguments, [function(**own)])
+    else:
+        verdict = next(v for v in mk.explain(spec.function, **arguments).verdicts if v.backend == backend)
+        if verdict.reason is not None:
+            pytest.skip(f"{backend}: {verdict.reason}")
+        timing.assert_backend_holds(spec, case, backend, arguments)
     moves, flops = spec.bytes(case), spec.flops(case)
     benchmark.extra_info.update(
         {"operation": spec.name, "part": part, "backend": backend, "case": dict(case), "bytes": moves, **machine}
     )
-    with mk.use_backend(backend):
+    with contextlib.nullcontext() if own is not arguments else mk.use_backend(backend):
         if device.type == "cpu":
-            benchmark.pedantic(spec.function, kwargs=arguments, rounds=ROUNDS, warmup_rounds=2)
+            benchmark.pedantic(function, kwargs=own, rounds=ROUNDS, warmup_rounds=2)
             seconds = benchmark.stats.stats.median
         else:
-            sets = timing.clones(arguments, moves, device)
-            calls = timing.captured(spec.function, sets)
+            sets = timing.clones(own, moves, device)
+            calls, graph = timing.captured(function, sets, must=backend == "triton")
 
             def run() -> None:
                 calls()
@@ -75,6 +85,11 @@ def test_operation(
             benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=2)
             samples = [s / len(sets) for s in timing.event_times(calls)]
             seconds = statistics.median(samples)
+            for _ in range(20):  # the clocks are read while these run
+                calls()
+            benchmark.extra_info.update(load())
+            torch.cuda.synchronize()
+            benchmark.extra_info["graph"] = graph
             benchmark.extra_info["spread"] = (max(samples) - min(samples)) / seconds
             benchmark.extra_info["of_copy_bandwidth"] = moves / seconds / machine["copy_bandwidth"]
     benchmark.extra_info.update(

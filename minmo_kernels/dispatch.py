@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import math
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
@@ -27,7 +28,7 @@ OPS: dict[str, Op] = {}
 """All operations by name, in the order of registration."""
 
 # Of a thread or an asynchronous task, so that forcing a backend in one never reaches another.
-_FORCED = os.environ.get("MINMO_KERNELS_BACKEND")
+_FORCED = os.environ.get("MINMO_KERNELS_BACKEND") or None
 _forced: ContextVar[str | None] = ContextVar("forced", default=_FORCED)
 _strict: ContextVar[bool] = ContextVar("strict", default=False)
 _words: ContextVar[torch.Tensor | None] = ContextVar("words", default=None)
@@ -52,6 +53,8 @@ class Request:
     """The call must be differentiable."""
     current: bool
     """A GPU call's device is the one that launches go to."""
+    forced: bool
+    """A backend is forced, by name."""
     features: dict[str, Any]
 
 
@@ -82,17 +85,23 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Every backend of an operation for one call, with reasons; `->` marks the one that runs."""
+    """Every backend of an operation for one call, with reasons; `->` marks the one that runs (none where a forced one
+    refuses)."""
 
     op: str
     request: Request
     verdicts: tuple[Verdict, ...]
+    forced: str | None
 
     def __str__(self) -> str:
         features = ", ".join(f"{k}={v}" for k, v in self.request.features.items())
         where = self.request.device + ("" if self.request.capability is None else f" sm_{self._sm}")
         dtype = str(self.request.dtypes[0]).removeprefix("torch.")
         head = f"{self.op} on {where}, {dtype}, {features or 'no features'}"
+        if self.forced is not None:
+            head += f"; forced: {self.forced}"
+            if self.forced not in [v.backend for v in self.verdicts]:
+                head += ", which it does not have: the call raises BackendError"
         return "\n".join([head, *map(str, self.verdicts)])
 
     @property
@@ -173,6 +182,7 @@ class Op:
             contiguous=all([t.is_contiguous() for t in tensors]),
             grad=_needs_grad(tensors),
             current=_is_current(device),
+            forced=_forced.get() is not None,
             features=self._features(*args),
         )
 
@@ -194,7 +204,8 @@ class Op:
         reasons = [(b.name, b.refuses(request)) for b in self.backends]
         first = next(name for name, reason in reasons if reason is None)
         chosen = _forced.get() or first
-        return Explanation(self.name, request, tuple(Verdict(n, r, n == chosen and r is None) for n, r in reasons))
+        verdicts = tuple(Verdict(n, r, n == chosen and r is None) for n, r in reasons)
+        return Explanation(self.name, request, verdicts, _forced.get())
 
 
 def backends_in_use() -> dict[str, list[str]]:
@@ -214,19 +225,21 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanat
 
 def intercept(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Op, tuple[Any, ...]]:
     """The operation that a public function reaches and its arguments in schema order, without running it."""
-    token = _intercepting.set(True)
+    tokens = _intercepting.set(True), _words.set(None)
     try:
         function(*args, **kwargs)
     except _Intercepted as call:
         return call.op, call.args
     finally:
-        _intercepting.reset(token)
+        _intercepting.reset(tokens[0])
+        _words.reset(tokens[1])
     raise TypeError(f"{function!r} is not an operation of minmo_kernels")
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend for all operations inside the block. One that cannot serve raises BackendError."""
+    """Forces one backend for all operations inside the block. One that cannot serve raises BackendError. A call that
+    torch.compile traces and that needs a gradient is the reference's all the same."""
     token = _forced.set(name)
     try:
         yield
@@ -241,8 +254,12 @@ def strict(words: torch.Tensor | None = None) -> Iterator[None]:
     words: (batch or more,) int32 on the operations' device. Then every call also checks the numbers that say where to
     read and write (rows, lengths, counts, ids): an entry for which one is out of range counts as padding, and the
     `Fault` is set in its word, on the device, without a synchronisation, so in captured graphs too. Without words these
-    numbers are checked on a CPU, where they raise ValueError; elsewhere a call with bad ones is undefined.
+    numbers are checked on a CPU, where they raise ValueError; elsewhere a call with bad ones is undefined, and so it is
+    in code that torch.compile has traced. On a CPU, where many operations have the reference alone, use
+    `use_backend("reference")` along with words.
     """
+    if words is not None and not (isinstance(words, torch.Tensor) and words.dtype == torch.int32 and words.dim() == 1):
+        raise ValueError("strict(words) needs a tensor (batch or more,) int32 on the operations' device")
     tokens = _strict.set(True), _words.set(words)
     try:
         yield
@@ -265,6 +282,8 @@ class Fault(enum.IntFlag):
     """A length or a count that the input or the cache cannot hold."""
     ID = 4
     """A token id outside its table."""
+    NUMBER = 8
+    """NaN where a choice is made from numbers, or nothing left to choose from."""
 
 
 Rule = tuple[Fault, Callable[[torch.Tensor], torch.Tensor], Callable[[int], str]]
@@ -275,21 +294,22 @@ and the message about one of them."""
 def checked_rows(op: str, rows: torch.Tensor, sessions: int | None, *rules: Rule) -> torch.Tensor:
     """`rows` after the checks of values, for the active entries: raises on a CPU, makes padding of them under
     `strict(words)`, and does nothing otherwise. sessions: how many there are, None where no state is read."""
+    check(sessions != 0, lambda: f"{op}: there are no sessions, the tensors of their state have no rows")
     if torch.compiler.is_compiling():
         return rows
     words = _words.get()
     if words is None and not rows.is_cpu:
         return rows
-    if words is not None and (words.dtype != torch.int32 or words.dim() != 1 or len(words) < len(rows)):
-        raise ValueError(f"{op}: strict(words) needs at least {len(rows)} int32 words, one a batch entry")
+    if words is not None and (len(words) < len(rows) or words.device != rows.device):
+        raise ValueError(f"{op}: strict(words) needs at least {len(rows)} words, one a batch entry, on {rows.device}")
     last = 2**31 - 1 if sessions is None else sessions - 1
     beyond: Rule = (
         Fault.ROW,
         lambda _: rows > last,
         lambda entry: f"rows names session {int(rows[entry])} of {sessions}",
     )
-    session = rows.clamp(0, max(0, last)).long()
-    for fault, find, message in (beyond, *rules) if sessions != 0 else (beyond,):
+    session = rows.clamp(0, last).long()
+    for fault, find, message in (beyond, *rules):
         wrong = find(session) & (rows >= 0)
         if words is not None:
             words[: len(rows)].bitwise_or_(wrong.int() * fault)
@@ -308,6 +328,8 @@ def check(condition: bool, message: Callable[[], str]) -> None:
 def check_tensor(op: str, name: str, tensor: torch.Tensor, shape: str, device: torch.device, *dtypes: Any) -> None:
     """Checks one argument against a shape such as "batch T heads dim", a device and the allowed dtypes (none = any)."""
     axes = shape.split()
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor ({', '.join(axes)}), got {type(tensor).__name__}")
     if tensor.dim() != len(axes):
         raise ValueError(f"{op}: {name} must have the shape ({', '.join(axes)}), got {tuple(tensor.shape)}")
     if tensor.device != device:
@@ -315,6 +337,13 @@ def check_tensor(op: str, name: str, tensor: torch.Tensor, shape: str, device: t
     if dtypes and tensor.dtype not in dtypes:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{op}: {name} must be {wanted}, got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_number(op: str, name: str, value: float, least: float = -math.inf) -> None:
+    """Checks that a setting is finite and no less than `least`."""
+    if not (math.isfinite(value) and value >= least):
+        bound = "" if least == -math.inf else f" from {least:g} on"
+        raise ValueError(f"{op}: {name} must be a finite number{bound}, got {value}")
 
 
 def check_counts(op: str, name: str, counts: torch.Tensor, batch: int, most: int) -> Rule:
@@ -326,6 +355,10 @@ def check_counts(op: str, name: str, counts: torch.Tensor, batch: int, most: int
         lambda _: (counts < 0) | (counts > most),
         lambda _: f"{name} must lie in 0 .. {most}, got {counts.tolist()}",
     )
+
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of the numbers that an operation computes with."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,8 +30,9 @@ AVAILABLE = importlib.util.find_spec("triton") is not None
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _compiled: dict[Any, Any] = {}
 _warmed = False
-_warming: torch.device | None = None
-_recording: tuple[int, list[Launch]] | None = None
+# Of a thread or an asynchronous task: what one records, another must run.
+_warming: ContextVar[torch.device | None] = ContextVar("warming", default=None)
+_recording: ContextVar[tuple[int, list[Launch]] | None] = ContextVar("recording", default=None)
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants
     if 0 in grid:
         return
     constants.setdefault("enable_fp_fusion", True)
-    if _recording is not None:
+    if (recording := _recording.get()) is not None:
         options = {name: constants.pop(name) for name in OPTIONS if name in constants}
-        _recording[1].append(Launch(kernel, grid, arguments, constants, options))
+        recording[1].append(Launch(kernel, grid, arguments, constants, options))
     elif INTERPRETING:
         kernel[grid](*arguments, **{k: v for k, v in constants.items() if k not in OPTIONS})
     else:
@@ -107,19 +109,18 @@ def _key(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> 
 def recording(sm: int) -> Iterator[list[Launch]]:
     """Inside the block, launches are collected and not run, as a GPU of compute capability `sm` (90 = 9.0) would see
     them. Results of operations are then meaningless."""
-    global _recording
     records: list[Launch] = []
-    before, _recording = _recording, (sm, records)
+    token = _recording.set((sm, records))
     try:
         yield records
     finally:
-        _recording = before
+        _recording.reset(token)
 
 
 def target(tensor: torch.Tensor) -> int:
     """Compute capability that a launch on `tensor`'s device is for (90 = 9.0); 0 for the interpreter."""
-    if _recording is not None:
-        return _recording[0]
+    if (recording := _recording.get()) is not None:
+        return recording[0]
     if not tensor.is_cuda:
         return 0
     major, minor = torch.cuda.get_device_capability(tensor.device)
@@ -140,19 +141,21 @@ def warmup(calls: Iterable[tuple[Callable[..., Any], dict[str, Any]]], device: s
 
     Raises BackendError for a call that the Triton backend refuses, with the reason.
     """
-    global _warmed, _warming
+    global _warmed
     before = len(_compiled)
-    _warming = torch.device(device)
+    here = torch.empty(0, device=device)  # its device has an index, as the device of every tensor there
+    current = torch.cuda.device(here.device) if here.is_cuda else contextlib.nullcontext()
+    token = _warming.set(here.device)
     try:
-        sm = target(torch.empty(0, device=device))
-        for function, arguments in calls:
-            for record in launches(function, arguments, sm):
-                constants = {**record.constants, **record.options}
-                key = _key(record.kernel, record.arguments, constants)
-                if key not in _compiled:
-                    _compiled[key] = _compile(record.kernel, record.grid, record.arguments, constants)
+        with current:
+            for function, arguments in calls:
+                for record in launches(function, arguments, target(here)):
+                    constants = {**record.constants, **record.options}
+                    key = _key(record.kernel, record.arguments, constants)
+                    if key not in _compiled:
+                        _compiled[key] = _compile(record.kernel, record.grid, record.arguments, constants)
     finally:
-        _warming = None
+        _warming.reset(token)
     _warmed = True
     return len(_compiled) - before
 
@@ -160,8 +163,8 @@ def warmup(calls: Iterable[tuple[Callable[..., Any], dict[str, Any]]], device: s
 def lookup_table(make: Callable[..., torch.Tensor], *arguments: Any, device: torch.device) -> torch.Tensor:
     """make(*arguments, device), which must be cached: a kernel's constant table. `warmup` has it made on the device
     that it warms, since a copy to a GPU cannot be part of a captured graph."""
-    if _warming is not None:
-        make(*arguments, _warming)
+    if (warming := _warming.get()) is not None:
+        make(*arguments, warming)
     return make(*arguments, device)
 
 
@@ -186,14 +189,14 @@ def _refuses(request: dispatch.Request, backward: bool) -> str | None:
         return "its device is not the current one; call torch.cuda.set_device"
     if request.device == "cpu" and not INTERPRETING:
         return "on a CPU it needs TRITON_INTERPRET=1, set before the import"
-    if request.device == "meta" and _recording is None:
+    if request.device == "meta" and _recording.get() is None:
         return "meta tensors hold nothing to compute"
     if request.device not in ("cpu", "cuda", "meta"):
         return f"it does not run on {request.device}"
     if request.capability is not None and request.capability < (8, 0):
         return "it needs compute capability 8.0 or newer"
     if torch.float64 in request.dtypes:
-        return "float64 is not among its dtypes"
+        return "its floating-point dtypes are float32, float16 and bfloat16, not float64"
     if request.device == "cpu" and torch.bfloat16 in request.dtypes:
         return "Triton's interpreter computes bfloat16 wrongly"
     if request.grad and not backward:

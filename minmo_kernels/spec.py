@@ -57,10 +57,13 @@ class OpSpec:
         return tuple(x for x in written if x.dtype != torch.int8)
 
     def cases_of(self, parts: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, Case]]:
-        """(part, case) for every part of a model, sizes by name, whose sizes this operation's cases are made of."""
+        """(part, case) for every part of a model, sizes by name, whose sizes this operation's cases are made of.
+
+        Such cases are `filled`: no entry is padding and every length is as large as the cost counts it.
+        """
         for part, dims in parts.items():
             try:
-                yield from ((part, case) for case in list(self.cases(dims)))
+                yield from ((part, {"filled": True, **case}) for case in list(self.cases(dims)))
             except KeyError:
                 continue
 

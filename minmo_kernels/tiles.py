@@ -82,35 +82,68 @@ def past_visible(query, end, chunk, chunk_offset, MASK: tl.constexpr):
 
 @triton.jit
 def load_inputs(
-    x_ptr, lse_ptr, norm_ptr, scale, m, k, read, parts, DIM: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr
-):
-    """A block (m, k) of a projection's input in fp32. m, k: index blocks of shapes (M, 1), (1, K); read: what exists.
+    x_ptr, lse_ptr, norm_ptr, scale, m, active, start, parts,
+    DIM: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A block of a projection's input in fp32, rows m (M, 1) where active (M, 1), columns start ... -> (M, BLOCK_K).
 
     SOURCE "plain": x (rows, DIM). "normed": x times `scale` (M, 1), the inverse root mean square, times the norm's
-    weight. "merged": x holds attention's unmerged parts (rows, parts, DIM) fp32, merged by their log-sum-exp.
+    weight. "merged": see `merge_parts`.
     """
     if SOURCE == "merged":
-        heads: tl.constexpr = DIM // HEAD_DIM
-        top = tl.full(read.shape, float("-inf"), tl.float32)
-        total = tl.zeros(read.shape, tl.float32)
-        x = tl.zeros(read.shape, tl.float32)
-        for part in range(parts):
-            at = m * parts + part
-            lse = tl.load(lse_ptr + at * heads + k // HEAD_DIM, mask=read, other=float("-inf"))
-            seen = lse > float("-inf")
-            value = tl.load(x_ptr + at.to(tl.int64) * DIM + k, mask=seen, other=0.0).to(tl.float32)
-            new_top = tl.maximum(top, lse)
-            safe = tl.where(new_top > float("-inf"), new_top, 0.0)
-            old_share, share = tl.exp(top - safe), tl.exp(lse - safe)
-            x = x * old_share + value * share
-            total = total * old_share + share
-            top = new_top
-        x = x / tl.where(total > 0.0, total, 1.0)
+        x = merge_parts(x_ptr, lse_ptr, m, active, start, parts, DIM, HEAD_DIM, PARTS, BLOCK_K)
     else:
-        x = tl.load(x_ptr + m.to(tl.int64) * DIM + k, mask=read, other=0.0).to(tl.float32)
+        k = start + tl.arange(0, BLOCK_K)[None, :]
+        x = tl.load(x_ptr + m.to(tl.int64) * DIM + k, mask=active & (k < DIM), other=0.0).to(tl.float32)
         if SOURCE == "normed":
             x = x * scale * tl.load(norm_ptr + k, mask=k < DIM, other=0.0).to(tl.float32)
     return x
+
+
+@triton.jit
+def merge_parts(
+    x_ptr, lse_ptr, m, active, start, parts,
+    DIM: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Columns start ... of attention's unmerged parts x (rows, parts, DIM) fp32, merged by their log-sum-exp (rows,
+    parts, heads) -> (M, BLOCK_K). PARTS: 0, or a power of two that is not below `parts`, so that all load at once.
+
+    Four columns share a head, so shares are computed for each four and not for each column.
+    """
+    four = start // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
+    read = active & (four < DIM // 4)
+    top = tl.full([m.shape[0], BLOCK_K // 4], float("-inf"), tl.float32)
+    if PARTS > 0:
+        for part in tl.static_range(PARTS):
+            top = tl.maximum(top, _part_lse(lse_ptr, m, part, parts, four, read, DIM, HEAD_DIM))
+    else:
+        for part in range(parts):
+            top = tl.maximum(top, _part_lse(lse_ptr, m, part, parts, four, read, DIM, HEAD_DIM))
+    top = tl.where(top > float("-inf"), top, 0.0)
+    total = tl.zeros([m.shape[0], BLOCK_K // 4], tl.float32)
+    x = tl.zeros([m.shape[0], BLOCK_K // 4, 4], tl.float32)
+    if PARTS > 0:
+        for part in tl.static_range(PARTS):
+            x, total = _add_part(x_ptr, lse_ptr, m, part, parts, four, read, top, x, total, DIM, HEAD_DIM)
+    else:
+        for part in range(parts):
+            x, total = _add_part(x_ptr, lse_ptr, m, part, parts, four, read, top, x, total, DIM, HEAD_DIM)
+    return tl.reshape(x / tl.where(total > 0.0, total, 1.0)[:, :, None], (m.shape[0], BLOCK_K))
+
+
+@triton.jit
+def _part_lse(lse_ptr, m, part, parts, four, read, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    at = (m * parts + part) * (DIM // HEAD_DIM) + four * 4 // HEAD_DIM
+    return tl.load(lse_ptr + at, mask=read & (part < parts), other=float("-inf"))
+
+
+@triton.jit
+def _add_part(x_ptr, lse_ptr, m, part, parts, four, read, top, x, total, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
+    share = tl.exp(_part_lse(lse_ptr, m, part, parts, four, read, DIM, HEAD_DIM) - top)
+    place = (m * parts + part).to(tl.int64)[:, :, None] * DIM + four[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
+    value = tl.load(x_ptr + place, mask=(read & (part < parts))[:, :, None], other=0.0)
+    # What saw nothing may hold anything.
+    return x + tl.where((share > 0.0)[:, :, None], value * share[:, :, None], 0.0), total + share
 
 
 @triton.jit
@@ -168,8 +201,8 @@ def int4_product(numbers, scale, shift, x):
 @triton.jit
 def project(
     x_ptr, lse_ptr, norm_ptr, weight_ptr, scale_ptr, zero_ptr, rows_ptr, n, batch, parts, eps,
-    DIM: tl.constexpr, DIM_OUT: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr, GROUP: tl.constexpr,
-    ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    DIM: tl.constexpr, DIM_OUT: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Input rows times weight rows n (BLOCK_N,) of a row-major weight (DIM_OUT, DIM) -> (M, BLOCK_N) fp32.
 
@@ -194,11 +227,14 @@ def project(
         sum1 = tl.zeros([BLOCK_N, sums], tl.float32)
         for start in range(0, DIM, BLOCK_K):
             k = start + columns
-            read = active0 & (k < DIM)
-            x0 = load_inputs(x_ptr, lse_ptr, norm_ptr, norm0, first, k, read, parts, DIM, SOURCE, HEAD_DIM)
+            x0 = load_inputs(
+                x_ptr, lse_ptr, norm_ptr, norm0, first, active0, start, parts, DIM, SOURCE, HEAD_DIM, PARTS, BLOCK_K
+            )
             if ROWS == 2:
-                read = active1 & (k < DIM)
-                x1 = load_inputs(x_ptr, lse_ptr, norm_ptr, norm1, first + 1, k, read, parts, DIM, SOURCE, HEAD_DIM)
+                x1 = load_inputs(
+                    x_ptr, lse_ptr, norm_ptr, norm1, first + 1, active1, start, parts,
+                    DIM, SOURCE, HEAD_DIM, PARTS, BLOCK_K,
+                )  # fmt: skip
             if GROUP == 0:
                 weight = load_weights(weight_ptr, n, k, DIM, DIM_OUT).to(tl.float32)
                 sum0 += weight * x0
@@ -232,8 +268,9 @@ def project(
                     weight_ptr, scale_ptr, zero_ptr, n, start, DIM, DIM_OUT, GROUP, BLOCK_K
                 )
                 weight = tl.reshape((numbers * scale + shift).to(DOT), (BLOCK_N, BLOCK_K))
-            read = active & (k < DIM)
-            x = load_inputs(x_ptr, lse_ptr, norm_ptr, norm, m, k, read, parts, DIM, SOURCE, HEAD_DIM)
+            x = load_inputs(
+                x_ptr, lse_ptr, norm_ptr, norm, m, active, start, parts, DIM, SOURCE, HEAD_DIM, PARTS, BLOCK_K
+            )
             out = tl.dot(x.to(DOT), tl.trans(weight), out, input_precision="ieee")
     if scale_ptr is not None and GROUP == 0:
         out = out * tl.load(scale_ptr + n, mask=n < DIM_OUT, other=0.0)[None, :]

@@ -1,6 +1,6 @@
 """What the kernels' machine code says of their speed, without a GPU: resources, occupancy, and static bounds.
 
-    python profiling/static_report.py [--preset minmo-8b] [--sm 90] [--operation NAME] [--write-budgets]
+    python profiling/static_report.py [--preset minmo-8b] [--sm 80|90|100] [--operation NAME] [--write-budgets]
 
 For each shipped kernel configuration: registers, stack and shared memory; warps that fit on an SM; programs; bytes that
 the launch must move; the loop that loads most and its bounds (`minmo_kernels/testing/bounds.py`). For each chip: the
@@ -45,7 +45,7 @@ def report(preset: str, sm: int, operation: str | None) -> tuple[Table, dict[str
         ]  # fmt: skip
         for chip in CHIPS[sm]:
             blocks = max(1, resident_blocks(binary, chip))
-            flight = min(blocks, -(-programs // chip.sms)) * binary.warps * limit.loaded / 1024
+            flight = gate.in_flight(record, binary, chip) / 1024
             waves = programs / (chip.sms * blocks)
             row.append(f"{limit.rate / chip.share:.1f}; {flight:.0f}; {waves:.2f}; {blocks * binary.warps}")
         table.add_row(*row)
@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--write-budgets", action="store_true", help="make what is measured now the budget")
     options = parser.parse_args()
     console, budgets = Console(width=200), {}
-    sms = options.sm or sorted(CHIPS)
+    sms = options.sm or sorted(gate.SHARED_LIMIT)
     for sm in sms:
         table, found = report(options.preset, sm, options.operation)
         console.print(table)

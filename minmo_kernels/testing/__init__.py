@@ -14,6 +14,7 @@ from minmo_kernels.testing.data import (
     padding_nan,
     quantised,
     quantised_cache,
+    random_counts,
     random_rows,
     weight_bytes,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "padding_nan",
     "quantised",
     "quantised_cache",
+    "random_counts",
     "random_rows",
     "weight_bytes",
 ]

@@ -58,10 +58,9 @@ class Binary:
         where = {address: i for i, (address, _) in enumerate(self.listing)}
         spans = []
         for i, (address, text) in enumerate(self.listing):
-            jump = re.search(r"BRA(?:\.\w+)*\s+(?:\w+,\s*)?`?\(?\.?L?_?x?_?\w*\)?\s*|BRA", text)
-            found = re.search(r"BRA.*?0x([0-9a-f]+)", text)
-            if jump and found and int(found[1], 16) in where and int(found[1], 16) < address:
-                spans.append((where[int(found[1], 16)], i))
+            target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+            if target and int(target[1], 16) < address and int(target[1], 16) in where:
+                spans.append((where[int(target[1], 16)], i))
         inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
         return [tuple(text for _, text in self.listing[a : b + 1]) for a, b in inner]
 

@@ -1,7 +1,7 @@
 """What a binary says of a kernel's speed before anything runs: three static bounds, for the chips that we target.
 
 - issue: bytes a clock an SM, if its four schedulers issue the loop that loads most without a pause;
-- quarter: the same where conversions and special functions, which run at a quarter of the rate, are the limit;
+- slow: the same where conversions and special functions, which run at a half and an eighth of the rate, are the limit;
 - flight: bytes under way an SM, against what Little's law asks for (bandwidth x latency).
 They say what cannot be faster, never how fast it is.
 """
@@ -17,11 +17,10 @@ from minmo_kernels.testing.binary import Binary
 LATENCY = 700e-9
 """Seconds from a load to its data under load."""
 SCHEDULERS = 4
-QUARTER_RATE = 64
-"""Results a clock an SM of the instructions in `_SLOW`."""
+_SLOW = {re.compile(r"\b(I2F|F2I|F2F|I2I|FRND)\b"): 64, re.compile(r"\bMUFU\b"): 16}
+"""Results a clock an SM of conversions and special functions (CUDA C++ Programming Guide, arithmetic instructions)."""
 REGISTERS = 65_536
 MOST_WARPS, MOST_BLOCKS = 64, 32
-_SLOW = re.compile(r"\b(I2F|F2I|F2F|MUFU|I2I|FRND)\b")
 _WIDTHS = {".128": 16, ".64": 8, ".U16": 2, ".S16": 2, ".U8": 1, ".S8": 1}
 
 
@@ -50,24 +49,25 @@ class Chip:
 CHIPS = {
     80: [Chip("A100", 108, 1.41e9, 164 << 10, 2.04e12)],
     90: [Chip("H100", 132, 1.755e9, 228 << 10, 3.35e12), Chip("H200", 132, 1.755e9, 228 << 10, 4.3e12)],
+    100: [Chip("B200", 148, 1.965e9, 228 << 10, 8.0e12)],
 }
-"""By compute capability."""
+"""By compute capability; the gate holds 80 and 90, 100 is information."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of a binary's busiest loop. loop: its warp instructions; issue, quarter: bytes a clock an SM (infinite where
+    """Of a binary's busiest loop. loop: its warp instructions; issue, slow: bytes a clock an SM (infinite where
     nothing limits); loaded: bytes that a warp loads in one turn, times the turns that are under way together."""
 
     loop: int
     issue: float
-    quarter: float
+    slow: float
     loaded: int
 
     @property
     def rate(self) -> float:
         """Bytes a clock an SM that neither bound forbids."""
-        return min(self.issue, self.quarter)
+        return min(self.issue, self.slow)
 
 
 def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
@@ -80,12 +80,12 @@ def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
     size = loaded_bytes(body)
     if streamed and loops:
         size = min(size, streamed)
-    slow = 32 * sum(1 for text in body if _SLOW.search(text))
+    slow = max(32 / rate * sum(1 for text in body if kind.search(text)) for kind, rate in _SLOW.items())
     ahead = max(1, stages - 1) if binary.count("LDGSTS") else 1
     return Bounds(
         loop=len(body),
         issue=SCHEDULERS * size / len(body) if body else float("inf"),
-        quarter=QUARTER_RATE * size / slow if slow else float("inf"),
+        slow=size / slow if slow else float("inf"),
         loaded=size * ahead,
     )
 

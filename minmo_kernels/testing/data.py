@@ -18,12 +18,20 @@ def normal(g: torch.Generator, *shape: int, dtype: str = "float32", scale: float
     return (torch.randn(*shape, generator=g) * scale).to(getattr(torch, dtype))
 
 
-def random_rows(g: torch.Generator, batch: int, sessions: int, *, padding: bool = True) -> Tensor:
-    """Distinct session rows for a batch, one entry of it padding (-1) where `padding` and batch > 1. (batch,) int32"""
+def random_rows(g: torch.Generator, batch: int, sessions: int, case: Any) -> Tensor:
+    """Distinct session rows for a batch, one entry of it padding (-1) where batch > 1 and the case is not `filled`.
+    (batch,) int32"""
     rows = torch.randperm(sessions, generator=g)[:batch].to(torch.int32)
-    if padding and batch > 1:
+    if batch > 1 and not case.get("filled"):
         rows[torch.randint(batch, (1,), generator=g)] = -1
     return rows
+
+
+def random_counts(g: torch.Generator, batch: int, most: int, case: Any) -> Tensor:
+    """Numbers from 0 to `most`, all of them `most` in a case that is `filled`. (batch,) int32"""
+    if case.get("filled"):
+        return torch.full((batch,), most, dtype=torch.int32)
+    return torch.randint(0, most + 1, (batch,), generator=g, dtype=torch.int32)
 
 
 def beyond_lengths_nan(x: Tensor, lengths: Tensor) -> Tensor:
@@ -48,8 +56,12 @@ FORMATS = ("full", "int8", "int4 g32", "int4 g64", "int4 g128")
 """Weight formats of cases: the activations' dtype, int8 with a scale a row, int4 with a scale and a zero point a group
 of so many inputs."""
 
-BUCKETS = tuple({"batch": batch, "weights": form} for batch in (2, 64) for form in ("full", "int8", "int4 g32"))
-"""Variants of the projections' cases: buckets that have a launch configuration of their own."""
+BUCKETS = (
+    *({"batch": batch, "weights": form} for batch in (2, 64) for form in ("full", "int8", "int4 g32")),
+    {"batch": 32, "weights": "full"},
+    *({"batch": batch, "weights": "full", "dtype": "float32"} for batch in (2, 8)),
+)
+"""Variants of the projections' cases: buckets that have a launch configuration or a tile of their own."""
 
 
 def group_of(form: str) -> int:

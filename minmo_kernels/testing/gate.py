@@ -6,6 +6,7 @@ A budget file is keyed by Triton's minor version, then by GPU and kernel, becaus
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from minmo_kernels import dispatch
 from minmo_kernels.launch import Launch, launches
 from minmo_kernels.spec import Case, OpSpec, load_all
 from minmo_kernels.testing.binary import Binary
-from minmo_kernels.testing.bounds import CHIPS, Bounds, bounds
+from minmo_kernels.testing.bounds import CHIPS, Bounds, Chip, bounds, resident_blocks
 
 SIZES = ("DIM", "DIM_OUT", "HEADS", "KV_HEADS", "HIDDEN", "EMBEDDING", "VOCAB")
 """Constants whose value above 128 (a head's) changes the number of a loop's turns or an address, and no registers."""
@@ -111,12 +112,13 @@ def streams(record: Launch) -> bool:
 
 
 def faults(
-    record: Launch, binary: Binary, sm: int, budget: Mapping[str, float] | None, known: bool, reason: str | None = None
+    record: Launch, binary: Binary, sm: int, budget: Mapping[str, float] | None, known: bool, reasons: Mapping[str, str]
 ) -> Iterator[str]:
     """What the gate does not let pass of a launch's binary. budget: its own, None = none is written; known: whether
-    this version of Triton has budgets at all (one that has none only reports). reason: why a kernel may keep
-    registers in memory (no more than its budget), or one that streams be limited by its instructions."""
-    if binary.stack and (not reason or (known and binary.stack > (budget or {}).get("stack", 0))):
+    this version of Triton has budgets at all (one that has none only reports). reasons: why a kernel may keep registers
+    in memory ("stack": no more than its budget), be limited by its instructions ("rate") or have too few loads under
+    way ("flight")."""
+    if binary.stack and ("stack" not in reasons or (known and binary.stack > (budget or {}).get("stack", 0))):
         yield f"it keeps {binary.stack} bytes a thread in memory: registers spill"
     if binary.shared > SHARED_LIMIT[sm]:
         yield f"{binary.shared} bytes of shared memory; sm_{sm} has {SHARED_LIMIT[sm]}"
@@ -125,11 +127,7 @@ def faults(
             yield f"{binary.count(instruction)} {instruction} instructions, expected {'some' if expected else 'none'}"
     rate = limits(record, binary).rate
     if streams(record):
-        need = MARGIN * max(chip.share for chip in CHIPS[sm])
-        if rate == float("inf"):
-            yield "no load was found in it, so nothing bounds how fast it streams"
-        elif rate < need and not reason:
-            yield f"it cannot load more than {rate:.1f} bytes a clock an SM; {need:.1f} leave memory the limit"
+        yield from _slow(record, binary, sm, rate, reasons)
     if not known:
         return
     if budget is None:
@@ -143,19 +141,43 @@ def faults(
         yield f"it can load {rate:.1f} bytes a clock an SM, budget {budget['rate']}"
 
 
+def _slow(record: Launch, binary: Binary, sm: int, rate: float, reasons: Mapping[str, str]) -> Iterator[str]:
+    """What keeps a kernel that streams from the speed of the memory."""
+    if rate == float("inf"):
+        yield "no load was found in it, so nothing bounds how fast it streams"
+    need = MARGIN * max(chip.share for chip in CHIPS[sm])
+    if rate < need and "rate" not in reasons:
+        yield f"it cannot load more than {rate:.1f} bytes a clock an SM; {need:.1f} leave memory the limit"
+    if not binary.wide_loads:
+        yield "none of its global loads takes 16 bytes a thread"
+    for chip in CHIPS[sm]:
+        flight = in_flight(record, binary, chip)
+        if flight < chip.in_flight and "flight" not in reasons:
+            yield f"{flight:,.0f} bytes under way an SM; {chip.in_flight:,.0f} keep the memory of a {chip.name} busy"
+
+
+def in_flight(record: Launch, binary: Binary, chip: Chip) -> float:
+    """Bytes that a launch has under way on a busy SM of `chip`."""
+    programs = math.prod(record.grid)
+    blocks = min(max(1, resident_blocks(binary, chip)), -(-programs // chip.sms))
+    return blocks * binary.warps * limits(record, binary).loaded
+
+
 def read_budgets(path: Path) -> dict[str, dict[str, float]]:
     """This Triton version's budgets by "sm key"; empty for a version that has none."""
     budgets: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text())
     return budgets.get(triton_version(), {})
 
 
-def reason_for(path: Path, record: Launch) -> str | None:
-    """Why a launch may be short of registers or limited by its instructions: the first entry under "reasons" whose
-    words are all in its key."""
-    for words, reason in json.loads(path.read_text()).get("reasons", {}).items():
-        if set(words.split()) <= set(record.key.split()):
-            return str(reason)
-    return None
+def reasons_for(path: Path, record: Launch) -> dict[str, str]:
+    """By kind ("stack", "rate", "flight": see `faults`): why this launch may fall short; of each kind the first entry
+    whose words are all in the launch's key."""
+    found = {}
+    for kind, entries in json.loads(path.read_text()).get("reasons", {}).items():
+        for words, reason in entries.items():
+            if set(words.split()) <= set(record.key.split()):
+                found.setdefault(kind, reason)
+    return found
 
 
 def write_budgets(path: Path, budgets: Mapping[str, Mapping[str, float]], complete: Iterable[int]) -> None:

@@ -44,13 +44,21 @@ def _copied(arguments: dict[str, Any], widened: torch.dtype | None = None) -> di
 
 def assert_backend_holds(spec: OpSpec, case: Case, backend: str, arguments: dict[str, Any]) -> None:
     """The backend's error on the case's arguments against the reference's, both measured from the reference in fp64."""
-    results = []
-    for name, widened in ((backend, None), ("reference", None), ("reference", getattr(torch, case["dtype"]))):
+    mine = _copied(arguments)
+    with dispatch.use_backend(backend):
+        result = outputs(spec.function(**mine))
+    assert_holds(spec, case, arguments, [*result, *spec.mutated(mine)])
+
+
+def assert_holds(spec: OpSpec, case: Case, arguments: dict[str, Any], result: list[torch.Tensor]) -> None:
+    """The same for a result that is there: outputs, then mutated arguments; the first ones may be all there is."""
+    results = [result]
+    for widened in (None, getattr(torch, case["dtype"])):
         mine = _copied(arguments, widened)
-        with dispatch.use_backend(name):
-            result = outputs(spec.function(**mine))
-        results.append([*result, *spec.mutated(mine)])
-    for actual, reference, exact in zip(*results, strict=True):
+        with dispatch.use_backend("reference"):
+            outs = outputs(spec.function(**mine))
+        results.append([*outs, *spec.mutated(mine)])
+    for actual, reference, exact in zip(*results, strict=False):
         seen = exact == exact  # what no call has written yet is NaN
         assert_as_good_as_reference(actual[seen], reference[seen], exact[seen])
 
@@ -64,9 +72,11 @@ def clones(arguments: dict[str, Any], moves: int, device: torch.device) -> list[
     return [_copied(arguments) for _ in range(count)]
 
 
-def captured(function: Callable[..., Any], sets: list[dict[str, Any]]) -> Callable[[], None]:
-    """Calls `function` once with every set of arguments: by replaying a graph, or directly where the function reads the
-    host and cannot be captured (the references do)."""
+def captured(
+    function: Callable[..., Any], sets: list[dict[str, Any]], must: bool = True
+) -> tuple[Callable[[], None], bool]:
+    """A call that runs `function` once with every set of arguments, and whether it replays a graph: a function that
+    reads the host (some libraries and references do) cannot be captured, and is an error where it `must` be."""
 
     def calls() -> None:
         for arguments in sets:
@@ -81,10 +91,12 @@ def captured(function: Callable[..., Any], sets: list[dict[str, Any]]) -> Callab
     try:
         with torch.cuda.graph(graph):
             calls()
-    except RuntimeError:
+    except RuntimeError as error:
+        if must or isinstance(error, torch.OutOfMemoryError):
+            raise
         torch.cuda.synchronize()
-        return calls
-    return graph.replay
+        return calls, False
+    return graph.replay, True
 
 
 def event_times(calls: Callable[[], None], repeats: int = 30) -> list[float]:
@@ -102,5 +114,32 @@ def copy_bandwidth(device: torch.device) -> float:
     """Bytes a second that a plain copy reads and writes, both counted, on this GPU and now."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    graph = captured(lambda source, target: target.copy_(source), [{"source": source, "target": target}])
-    return 2 * source.numel() / statistics.median(event_times(graph))
+    copy, _ = captured(lambda source, target: target.copy_(source), [{"source": source, "target": target}])
+    return 2 * source.numel() / statistics.median(event_times(copy))
+
+
+def driver() -> str:
+    """The version of the GPU's driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return "unknown, nvidia-ml-py is not installed"
+    pynvml.nvmlInit()
+    return str(pynvml.nvmlSystemGetDriverVersion())
+
+
+def load_of(device: torch.device) -> Callable[[], dict[str, Any]]:
+    """A function that reads clocks, power and what holds the clocks back (NVML's bits), which mean something only while
+    the GPU works; {} where nvidia-ml-py is not installed."""
+    try:
+        import pynvml
+    except ImportError:
+        return dict
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return lambda: {
+        "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
+        "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
+        "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+        "held_back_by": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
+    }

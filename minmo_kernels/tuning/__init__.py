@@ -13,14 +13,22 @@ import json
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Trial(NamedTuple):
+    """A configuration that the tuner tries, and every (table, bucket) that was asked for meanwhile."""
+
+    operation: str
+    values: dict[str, int]
+    asked: list[tuple[str, dict[str, Any]]]
+
 
 FOLDER = Path(__file__).parent
 MOST_ROWS = 64
 """The largest bucket of a decode step."""
 _invariant: ContextVar[bool] = ContextVar("invariant", default=False)
-_trial: tuple[str, dict[str, int]] | None = None
-_asked: list[tuple[str, dict[str, Any]]] = []
+_trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
 
 
 @functools.cache
@@ -42,10 +50,10 @@ def config(operation: str, sm: int, **bucket: Any) -> dict[str, int]:
 
     Raises LookupError where no entry of the table fits.
     """
-    if _trial is not None:
-        _asked.append((operation, bucket))
-        if _trial[0] == operation:
-            return _trial[1]
+    if (trial := _trial.get()) is not None:
+        trial.asked.append((operation, bucket))
+        if trial.operation == operation:
+            return trial.values
     return _config(operation, sm, **bucket)
 
 
@@ -60,13 +68,12 @@ def _config(operation: str, sm: int, **bucket: Any) -> dict[str, int]:
 @contextlib.contextmanager
 def trial(operation: str, values: dict[str, int]) -> Iterator[list[tuple[str, dict[str, Any]]]]:
     """Inside the block `operation` is launched with `values`; gives what was asked for, (operation, bucket) each."""
-    global _trial
-    before, _trial = _trial, (operation, values)
-    _asked.clear()
+    asked: list[tuple[str, dict[str, Any]]] = []
+    token = _trial.set(Trial(operation, values, asked))
     try:
-        yield _asked
+        yield asked
     finally:
-        _trial = before
+        _trial.reset(token)
 
 
 def bucket_of(n: int) -> int:

@@ -4,7 +4,8 @@
 
 For every case that a model of these sizes launches, the candidates around the present configuration are compiled,
 checked against the reference and timed, each in the case's bucket; the fastest becomes the first entry of its bucket in
-`smXX.json`. What was there stays behind it as the default. GPU, driver and Triton go into the table's "measured" entry.
+`smXX.json`. What was there stays behind it as the default. GPU, driver, versions and the buckets that are done go into
+the table's "measured" entry, so that a run on the same GPU and Triton goes on where the last one stopped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from minmo_kernels.launch import launches
 from minmo_kernels.spec import OpSpec, load_all
 from minmo_kernels.testing import timing
 
-STEPS = {"BLOCK_N": (0.5, 1, 2), "BLOCK_K": (0.5, 1, 2), "num_warps": (0.5, 1, 2), "num_stages": (-1, 0, 1)}
+STEPS: dict[str, tuple[float, ...]] = {"num_warps": (0.5, 1, 2), "num_stages": (-1, 0, 1), "parts": (0.5, 1, 2)}
+STEPS |= {"BLOCK" + axis: (0.5, 1, 2) for axis in ("", "_N", "_K", "_M", "_S", "_B", "_T", "_C", "_H")}
 """What is varied around a configuration: factors, and for num_stages differences."""
 Measure = Callable[[OpSpec, Mapping[str, Any]], float | None]
 
@@ -57,13 +59,15 @@ def tuned(
     measure: Measure,
     operations: list[str],
     deadline: float,
-    keep: Callable[[Found], None] = lambda found: None,
+    keep: Callable[[Found, str], None] = lambda found, bucket: None,
+    done: Collection[str] = (),
 ) -> Found:
     """Entries (bucket, fastest configuration) by table. Cases that share a bucket are judged together, by the sum of
     their seconds.
 
     measure: seconds of a case under the present trial, None = the configuration does not work. Stops at `deadline`
-    (time.monotonic); keep: called with what there is after every bucket.
+    (time.monotonic); keep: called after every bucket with what there is and the bucket's name; done: names of buckets
+    to leave out.
     """
     specs = load_all()
     sharing: dict[str, tuple[str, dict[str, Any], list[tuple[OpSpec, Mapping[str, Any]]]]] = {}
@@ -76,7 +80,9 @@ def tuned(
                     if (specs[name], case) not in cases:
                         cases.append((specs[name], case))
     found: Found = {}
-    for table, bucket, cases in sharing.values():
+    for name, (table, bucket, cases) in sharing.items():
+        if name in done:
+            continue
         present = tuning.config(table, sm, **bucket)
         best: tuple[float, dict[str, int]] | None = None
         for values in {json.dumps(v, sort_keys=True): v for v in neighbours(present)}.values():
@@ -89,7 +95,7 @@ def tuned(
                 best = (seconds, values)
         if best is not None and best[1] != present:
             found.setdefault(table, []).append((bucket, best[1]))
-            keep(found)
+        keep(found, name)
     return found
 
 
@@ -103,14 +109,14 @@ def timed(spec: OpSpec, case: Mapping[str, Any]) -> float | None:
         timing.assert_backend_holds(spec, case, "triton", arguments)
         with dispatch.use_backend("triton"):
             sets = timing.clones(arguments, spec.bytes(case), device)
-            times = timing.event_times(timing.captured(spec.function, sets))
+            times = timing.event_times(timing.captured(spec.function, sets)[0])
     # A tile that does not fit, or a wrong result: not a candidate.
     except (AssertionError, RuntimeError, ValueError, triton.errors.TritonError):
         return None
     return statistics.median(times) / len(sets)
 
 
-def write(sm: int, found: Found, before: Mapping[str, Any], measured: dict[str, str]) -> str:
+def write(sm: int, found: Found, before: Mapping[str, Any], measured: dict[str, Any]) -> str:
     """Writes the table `before` with the found entries in front, for this capability alone -> the file's name."""
     table: dict[str, Any] = dict(before)
     for operation, entries in found.items():
@@ -138,15 +144,21 @@ def main() -> None:
     major, minor = torch.cuda.get_device_capability()
     import triton
 
-    measured = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    versions = {"driver": timing.driver(), "torch": torch.__version__, "triton": triton.__version__}
+    measured: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), **versions}
     operations = options.operation or list(load_all())
     sm = 10 * major + minor
     before = dict(tuning.table(sm))
+    done: list[str] = []
+    if (last := before.get("measured")) and all(last.get(k) == v for k, v in measured.items()):
+        done = list(last["done"])
 
-    def keep(found: Found) -> None:
-        print(f"{sum(map(len, found.values()))} buckets changed -> {write(sm, found, before, measured)}", flush=True)
+    def keep(found: Found, bucket: str) -> None:
+        done.append(bucket)
+        path = write(sm, found, before, {**measured, "done": done})
+        print(f"{len(done)} buckets done, {sum(map(len, found.values()))} changed now -> {path}", flush=True)
 
-    tuned(options.dims, sm, timed, operations, time.monotonic() + options.budget, keep)
+    tuned(options.dims, sm, timed, operations, time.monotonic() + options.budget, keep, tuple(done))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python tests/minmo_kernels/mutants.py [NAME ...]
 
-A fault that no test notices is a hole in the tests: the script then ends with exit code 1.
+The tests are those of `make test`, as many examples too, and pass on a copy without a fault. A fault that no test
+notices is a hole in the tests: the script then ends with exit code 1.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -83,7 +85,7 @@ MUTANTS = [
         "active = tl.load(rows_ptr + vector // each) >= 0", "active = tl.load(rows_ptr + vector // each) >= -1",
     ),
     Mutant(
-        "carry written before it was read", "fsmn", "ops/fsmn/kernel.py",
+        "carry off by an item", "fsmn", "ops/fsmn/kernel.py",
         "s = count + slot - LEFT\n", "s = count + slot - LEFT + 1\n",
     ),
     Mutant(
@@ -101,45 +103,67 @@ MUTANTS = [
         "earlier = ties + tl.cumsum(tied.to(tl.int32), axis=0)",
     ),
     Mutant(
+        "sum of squares of the last block alone", "gate_up_swiglu", "tiles.py",
+        "squares += x * x", "squares = x * x",
+    ),
+    Mutant(
+        "id within its block", "sample_token", "ops/sample_token/kernel.py",
+        "drawn = tl.where(here > best, start + place, drawn)", "drawn = tl.where(here > best, place, drawn)",
+    ),
+    Mutant(
+        "ties counted by block", "sample_token", "ops/sample_token/kernel.py",
+        "ties += tl.sum(tied.to(tl.int32), axis=0)", "ties = tl.sum(tied.to(tl.int32), axis=0)",
+    ),
+    Mutant(
+        "infinite temperature", "sample_token", "ops/sample_token/kernel.py",
+        'return tl.where(below > float("-inf"), below / temperature, float("-inf"))', "return below / temperature",
+    ),
+    Mutant(
+        "part that saw nothing read", "merge_linear_residual", "tiles.py",
+        "tl.where((share > 0.0)[:, :, None], value * share[:, :, None], 0.0)", "value * share[:, :, None]",
+    ),
+    Mutant(
         "carry not kept", "log_mel", "ops/log_mel/kernel.py",
         "j = length + slot - left", "j = slot - left",
     ),
 ]  # fmt: skip
 
 
-def caught(mutant: Mutant) -> bool:
-    """Whether the operation's tests fail on a copy with the fault in it."""
+def passes(operation: str, mutant: Mutant | None) -> bool:
+    """Whether the operation's tests pass on a copy of the package, with the fault in it."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for part in ("minmo_kernels", "minmo", "tests"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", copy)
-        path = copy / "minmo_kernels" / mutant.file
-        source = path.read_text()
-        if source.count(mutant.old) < 1:
-            raise SystemExit(f"{mutant.name}: its text is no longer in {mutant.file}; write the mutant anew")
-        path.write_text(source.replace(mutant.old, mutant.new, 1))
-        environment = {
-            **os.environ,
-            "TRITON_INTERPRET": "1",
-            "MINMO_EXAMPLES": "40",
-            "PYTHONPATH": folder,
-            "OMP_NUM_THREADS": "1",
-        }
+        if mutant is not None:
+            path = copy / "minmo_kernels" / mutant.file
+            source = path.read_text()
+            if mutant.old not in source:
+                raise SystemExit(f"{mutant.name}: its text is no longer in {mutant.file}; write the mutant anew")
+            path.write_text(source.replace(mutant.old, mutant.new, 1))
+        environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "pytest", "-x", "-q", "tests/minmo_kernels/test_triton.py", "-k"]
-        chosen = f"reference and {mutant.operation} or laws and {mutant.operation}"
+        chosen = f"reference[{operation}] or laws[{operation}-"
         done = subprocess.run([*command, chosen], cwd=folder, env=environment, capture_output=True, text=True)
         if done.returncode in (2, 3, 4, 5):  # pytest itself went wrong; anything else below 0 is a crash of the kernel
             raise SystemExit(done.stdout + done.stderr)
-        return done.returncode != 0
+        return done.returncode == 0
 
 
 def main() -> None:
-    names = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="; ".join(m.name for m in MUTANTS))
+    names = parser.parse_args().names
+    if unknown := set(names) - {m.name for m in MUTANTS}:
+        parser.error(f"no fault is called {', '.join(sorted(unknown))}; -h lists them")
     chosen = [m for m in MUTANTS if not names or m.name in names]
+    for operation in dict.fromkeys(m.operation for m in chosen):
+        if not passes(operation, None):
+            raise SystemExit(f"the tests of {operation} fail without any fault; mend that first")
     missed = []
     for mutant in chosen:
-        found = caught(mutant)
+        found = not passes(mutant.operation, mutant)
         print(f"{'caught' if found else 'MISSED':7} {mutant.operation:28} {mutant.name}", flush=True)
         missed += [] if found else [mutant.name]
     print(f"{len(chosen) - len(missed)} of {len(chosen)} faults caught")

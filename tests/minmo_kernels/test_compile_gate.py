@@ -9,7 +9,7 @@ import pytest
 
 from minmo.config import load_config
 from minmo.info import kernel_dims
-from minmo_kernels import launch
+from minmo_kernels import launch, tuning
 from minmo_kernels.spec import load_all
 from minmo_kernels.testing import gate
 from minmo_kernels.testing.binary import compiled
@@ -28,14 +28,27 @@ def test_kernels_compile_within_their_budgets(sm, name):
     assert found, f"no case of a preset launches {name}; the gate sees nothing of it"
     budgets = gate.read_budgets(BUDGETS)
     known = any(key.startswith(f"sm_{sm} ") for key in budgets)
-    unknown = None if known else "this version of Triton has no budgets for this GPU"
+    unknown = dict.fromkeys(("stack", "rate", "flight"), "this version of Triton has no budgets for this GPU")
     faults = []
     for record in found:
         binary = compiled(record, sm)
-        budget, reason = budgets.get(f"sm_{sm} {record.key}"), gate.reason_for(BUDGETS, record) or unknown
-        for fault in gate.faults(record, binary, sm, budget, known=known, reason=reason):
+        budget, reasons = budgets.get(f"sm_{sm} {record.key}"), gate.reasons_for(BUDGETS, record) if known else unknown
+        for fault in gate.faults(record, binary, sm, budget, known=known, reasons=reasons):
             faults.append(f"{record.key}: {fault}")
     assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize("sm", gate.SHARED_LIMIT)
+def test_every_entry_of_a_launch_table_is_compiled(sm):
+    with tuning.trial("", {}) as asked:
+        list(gate.shipped(kernel_dims(load_config("minmo-8b")), sm))
+    for operation, entries in tuning.table(sm).items():
+        if operation == "measured":
+            continue
+        buckets = [bucket for name, bucket in asked if name == operation]
+        used = {next(i for i, (wanted, _) in enumerate(entries) if wanted.items() <= b.items()) for b in buckets}
+        missing = [entries[i][0] for i in set(range(len(entries))) - used]
+        assert not missing, f"{operation}: no case or variant of a spec launches {missing}"
 
 
 def test_a_grown_kernel_is_noticed():
@@ -44,22 +57,31 @@ def test_a_grown_kernel_is_noticed():
     binary = compiled(record, 90)
     kept = gate.measured(record, binary)
     assert name == "rms_norm"
-    assert list(gate.faults(record, binary, 90, kept, known=True)) == []
+
+    def faults(binary, budget, **reasons):
+        return list(gate.faults(record, binary, 90, budget, known=True, reasons=reasons))
+
+    assert faults(binary, kept) == []
     small = {**kept, "registers": binary.registers - gate.REGISTER_SLACK - 1}
-    assert "registers" in next(gate.faults(record, binary, 90, small, known=True))
-    assert "no budget" in next(gate.faults(record, binary, 90, None, known=True))
+    assert "registers" in faults(binary, small)[0]
+    assert "no budget" in faults(binary, None)[0]
     spilling = replace(binary, stack=16)
-    assert "spill" in next(gate.faults(record, spilling, 90, kept, known=True))
-    assert "spill" in next(gate.faults(record, spilling, 90, kept, known=True, reason="said"))
-    assert list(gate.faults(record, spilling, 90, gate.measured(record, spilling), known=True, reason="said")) == []
+    assert "spill" in faults(spilling, kept)[0]
+    assert "spill" in faults(spilling, kept, stack="said")[0]
+    assert "spill" in faults(spilling, gate.measured(record, spilling), rate="another kind")[0]
+    assert faults(spilling, gate.measured(record, spilling), stack="said") == []
 
 
 def test_a_projection_that_slows_down_is_noticed():
     *_, record = next(iter(gate.shipped(kernel_dims(load_config("nano")), 90, "linear_residual")))
     binary = compiled(record, 90)
     kept = gate.measured(record, binary)
-    assert list(gate.faults(record, binary, 90, kept, known=True, reason="none")) == []
-    faster = {**kept, "rate": 2 * kept["rate"]}
-    assert "budget" in next(gate.faults(record, binary, 90, faster, known=True, reason="none"))
-    empty = replace(binary, listing=())
-    assert "no load" in next(gate.faults(record, empty, 90, None, known=False))
+
+    def faults(binary, budget, **reasons):
+        return " ".join(gate.faults(record, binary, 90, budget, known=True, reasons=reasons))
+
+    assert faults(binary, kept, rate="said", flight="said") == ""
+    assert "budget" in faults(binary, {**kept, "rate": 2 * kept["rate"]}, rate="said", flight="said")
+    assert "busy" in faults(replace(binary, warps=0), kept, rate="said")
+    assert "no load" in faults(replace(binary, listing=()), kept, flight="said")
+    assert "16 bytes" in faults(replace(binary, instructions={}), kept, rate="said", flight="said")

@@ -7,6 +7,7 @@ numbers runs everywhere.
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import pytest
@@ -37,6 +38,23 @@ RUN = settings(
 LAW = settings(RUN, max_examples=max(3, EXAMPLES // 10))
 
 numbers = pytest.mark.skipif(not (launch.INTERPRETING or DEVICE == "cuda"), reason="needs TRITON_INTERPRET=1 or a GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def language_patched_once():
+    """Triton's interpreter puts its own functions into triton.language for a launch, and needlessly again for every
+    call of a function inside a kernel, which takes half of its time."""
+    if not launch.INTERPRETING:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+        yield
+    scope.restore()
 
 
 @pytest.fixture(autouse=True)

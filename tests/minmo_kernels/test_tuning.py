@@ -55,6 +55,23 @@ def test_the_tuner_keeps_the_fastest_and_writes_it_first(tmp_path, monkeypatch):
     assert written["append_kv"] == [list(e) for e in tuning.table(90)["append_kv"]]
 
 
+def test_the_tuner_goes_on_where_it_stopped():
+    asked, finished = [], []
+
+    def clock(spec, case):
+        asked.append(json.dumps(case))
+        return 1.0
+
+    parts = kernel_dims(load_config("nano"))
+    keep = lambda found, bucket: finished.append(bucket)  # noqa: E731
+    tune.tuned(parts, 90, clock, ["sample_token"], time.monotonic() + 1e6, keep)
+    assert finished
+    assert asked
+    asked.clear()
+    tune.tuned(parts, 90, clock, ["sample_token"], time.monotonic() + 1e6, done=finished)
+    assert asked == []
+
+
 def test_without_time_nothing_changes():
     found = tune.tuned(kernel_dims(load_config("nano")), 90, lambda *_: 1.0, ["linear_residual"], 0.0)
     assert found == {}

@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Fault, Op, Request, Rule, check, check_counts, check_tensor, checked_rows
+from minmo_kernels.dispatch import (
+    FLOATS,
+    Fault,
+    Op,
+    Request,
+    Rule,
+    check,
+    check_counts,
+    check_number,
+    check_tensor,
+    checked_rows,
+)
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.append_kv.reference import reference
 
@@ -44,10 +55,11 @@ def append_kv(
     capacity; the caches are then unchanged.
     """
     name = "append_kv"
-    check_tensor(name, "qkv", qkv, "batch T packed", qkv.device)
+    check_tensor(name, "qkv", qkv, "batch T packed", qkv.device, *FLOATS)
+    check_number(name, "rope_theta", rope_theta, 1.0)
     for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, label, cache, "sessions capacity kv_heads dim", qkv.device, qkv.dtype, torch.int8)
-    check_cache_scales(name, k_cache, v_cache, k_scale, v_scale)
+    check_cache_scales(name, k_cache, v_cache, k_scale, v_scale, written=True)
     check_tensor(name, "rows", rows, "batch", qkv.device, torch.int32)
     check_tensor(name, "lengths", lengths, "sessions", qkv.device, torch.int32)
     if bias is not None:
@@ -81,18 +93,26 @@ def fitting(lengths: Tensor, new: int | Tensor, capacity: int, ring: bool) -> Ru
     """The rule that `new` positions a row fit behind its `lengths` (sessions,) into a cache."""
     return (
         Fault.LENGTH,
-        lambda session: (lengths[session] < 0) | ((lengths[session] + new > capacity) & (not ring)),
+        lambda session: (lengths[session] < 0) | ((lengths[session] > capacity - new) & (not ring)),
         lambda entry: f"entry {entry} does not fit a cache of {capacity}: lengths are {lengths.tolist()}",
     )
 
 
 def check_cache_scales(
-    op: str, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None
+    op: str, k_cache: Tensor, v_cache: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, written: bool
 ) -> None:
     """Shared by the operations on caches: both alike, and int8 ones, only those, with a scale a vector."""
     check(
         k_cache.shape == v_cache.shape and k_cache.dtype == v_cache.dtype,
         lambda: f"{op}: k_cache and v_cache differ in shape or dtype",
+    )
+    check(
+        not written or k_cache is not v_cache,
+        lambda: f"{op}: k_cache and v_cache are one tensor; values need their own",
+    )
+    check(
+        min(k_cache.shape[1:]) > 0 and k_cache.shape[3] % 2 == 0,
+        lambda: f"{op}: caches need positions, heads and an even head dimension, got {tuple(k_cache.shape)}",
     )
     for label, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if k_cache.dtype != torch.int8:

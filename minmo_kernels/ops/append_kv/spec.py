@@ -17,6 +17,7 @@ from minmo_kernels.testing import (
     generator,
     normal,
     quantised_cache,
+    random_counts,
     random_rows,
 )
 
@@ -46,7 +47,7 @@ def make(case: Case) -> dict[str, Any]:
     sessions, packed = batch + 1, (heads + 2 * kv_heads) * dim
     longest = 1_000_000 if case["ring"] else capacity - items
     lengths = torch.randint(0, longest + 1, (sessions,), generator=g, dtype=torch.int32)
-    q_lengths = torch.randint(0, items + 1, (batch,), generator=g, dtype=torch.int32)
+    q_lengths = random_counts(g, batch, items, case)
     qkv = normal(g, batch, items, packed, dtype=case["dtype"])
     k, v = (normal(g, sessions, capacity, kv_heads, dim, dtype=case["dtype"]) for _ in range(2))
     if case["int8"]:
@@ -56,7 +57,7 @@ def make(case: Case) -> dict[str, Any]:
         "bias": normal(g, packed, dtype=case["dtype"]) if case["bias"] else None,
         "k_cache": k,
         "v_cache": v,
-        "rows": random_rows(g, batch, sessions),
+        "rows": random_rows(g, batch, sessions, case),
         "lengths": lengths,
         "q_lengths": q_lengths,
         "k_scale": k_scale if case["int8"] else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_counts, check_tensor, checked_rows
+from minmo_kernels.dispatch import FLOATS, Op, check, check_counts, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.fsmn.reference import reference
 
@@ -25,7 +25,7 @@ def fsmn(v: Tensor, weight: Tensor, carry: Tensor | None, rows: Tensor, lengths:
     Source: Gao et al., SAN-M, arXiv 2006.01713, on the values as in SenseVoice (arXiv 2407.04051).
     """
     name = "fsmn"
-    check_tensor(name, "v", v, "batch T dim", v.device)
+    check_tensor(name, "v", v, "batch T dim", v.device, *FLOATS)
     check_tensor(name, "weight", weight, "dim one k", v.device, v.dtype)
     check_tensor(name, "rows", rows, "batch", v.device, torch.int32)
     check_tensor(name, "lengths", lengths, "batch", v.device, torch.int32)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from minmo_kernels.ops.fsmn import fsmn
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_rows
+from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_counts, random_rows
 
 
 def draw(st: Any) -> Any:
@@ -32,8 +32,8 @@ def make(case: Case) -> dict[str, Any]:
     batch, items, dim = case["batch"], case["items"], case["dim"]
     taps, right = case["taps"]
     sessions = batch + 1
-    rows = random_rows(g, batch, sessions)
-    lengths = torch.randint(0, items + 1, (batch,), generator=g, dtype=torch.int32)
+    rows = random_rows(g, batch, sessions, case)
+    lengths = random_counts(g, batch, items, case)
     carry = normal(g, sessions, taps - 1 - right, dim, dtype=case["dtype"])
     return {
         "v": beyond_lengths_nan(normal(g, batch, items, dim, dtype=case["dtype"]), lengths),

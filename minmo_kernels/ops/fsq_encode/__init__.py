@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_counts, check_tensor, checked_rows
+from minmo_kernels.dispatch import FLOATS, Fault, Op, Rule, check, check_counts, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.fsq_encode.reference import fsq_centres, reference
 
@@ -27,11 +27,12 @@ def fsq_encode(
     (batch,) int32, valid frames of each entry; levels: n odd integers >= 3 whose product fits int32. Returns ids
     (batch, T) int32, in 0 .. prod(levels) - 1, zeros for padding entries and beyond a length.
 
-    Raises ValueError for shapes, dtypes, devices or levels that do not fit.
+    Raises ValueError for shapes, dtypes, devices or levels that do not fit, and on a CPU for NaN in valid frames;
+    elsewhere such a frame's id is undefined.
     Source: Mentzer et al., arXiv 2309.15505; with these constants, CosyVoice 2 (arXiv 2412.10117, section 2.2).
     """
     name = "fsq_encode"
-    check_tensor(name, "x", x, "batch T dim", x.device)
+    check_tensor(name, "x", x, "batch T dim", x.device, *FLOATS)
     check_tensor(name, "weight", weight, "n dim", x.device, x.dtype)
     check_tensor(name, "bias", bias, "n", x.device, x.dtype)
     check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
@@ -45,7 +46,12 @@ def fsq_encode(
         all(n >= 3 and n % 2 == 1 for n in levels), lambda: f"{name}: levels must be odd and at least 3, got {levels}"
     )
     check(math.prod(levels) < 2**31, lambda: f"{name}: {math.prod(levels)} codes do not fit int32")
-    rows = checked_rows(name, rows, None, counts)
+    lost: Rule = (
+        Fault.NUMBER,
+        lambda _: (x.isnan().any(dim=2) & (torch.arange(x.shape[1], device=x.device) < lengths[:, None])).any(dim=1),
+        lambda entry: f"entry {entry} of x holds NaN; look for the overflow in the model that made it",
+    )
+    rows = checked_rows(name, rows, None, counts, lost)
     return OP(x, weight, bias, rows, lengths, list(levels))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minmo_kernels.ops.fsq_encode import fsq_centres, fsq_encode
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_rows
+from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_counts, random_rows
 
 LEVELS = ((3, 3, 3, 3, 3, 3, 3, 3), (5, 5, 5, 5), (3,), (3, 7, 9))
 MARGIN = 1e-4
@@ -23,7 +23,7 @@ def draw(st: Any) -> Any:
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
             "batch": st.integers(1, 3),
-            "items": st.integers(1, 9),
+            "items": st.sampled_from([1, 4, 9, 20]),
             "dim": st.integers(1, 24),
             "levels": st.sampled_from(LEVELS),
             "seed": st.integers(0, 2**31 - 1),
@@ -40,12 +40,12 @@ def make(case: Case) -> dict[str, Any]:
     bias = normal(g, len(levels), dtype=case["dtype"], scale=0.01)
     value = scaled(x, weight, bias, levels)
     unclear = ((value - value.floor() - 0.5).abs() < MARGIN).any(dim=-1, keepdim=True)
-    lengths = torch.randint(0, items + 1, (batch,), generator=g, dtype=torch.int32)
+    lengths = random_counts(g, batch, items, case)
     return {
         "x": beyond_lengths_nan(torch.where(unclear, 0.0, x), lengths),
         "weight": weight,
         "bias": bias,
-        "rows": random_rows(g, batch, batch + 1),
+        "rows": random_rows(g, batch, batch + 1, case),
         "lengths": lengths,
         "levels": levels,
     }

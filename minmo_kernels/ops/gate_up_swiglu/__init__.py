@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import FLOATS, Op, check, check_number, check_tensor
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.gate_up_swiglu.reference import reference
-from minmo_kernels.ops.linear_residual import check_weight, refuses_many_rows, rows_bucket
+from minmo_kernels.ops.linear_residual import check_weight, decode_features, refuses_decode
 
 
 def gate_up_swiglu(
@@ -29,7 +29,8 @@ def gate_up_swiglu(
     Source: Shazeer, 2020 (arXiv 2002.05202).
     """
     name = "gate_up_swiglu"
-    check_tensor(name, "x", x, "batch dim", x.device)
+    check_tensor(name, "x", x, "batch dim", x.device, *FLOATS)
+    check_number(name, "eps", eps, 0.0)
     check_tensor(name, "norm_weight", norm_weight, "dim", x.device, x.dtype)
     check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
     check(
@@ -50,6 +51,6 @@ OP = Op(
     fake=lambda x, norm_weight, weight, rows, weight_scale, weight_zero, eps: x.new_empty(
         (x.shape[0], weight.shape[0] // 2)
     ),
-    features=lambda x, *args: {"rows": rows_bucket(len(x))},
-    backends=(triton_backend("gate_up_swiglu", refuses_many_rows),),
+    features=lambda x, norm, weight, *args: decode_features(x, weight),
+    backends=(triton_backend("gate_up_swiglu", refuses_decode),),
 )

@@ -26,7 +26,7 @@ def run(
     bucket = tuning.rows_of(batch)
     tile = tuning.config("gate_up_swiglu", target(x), rows=bucket, bits=weight_bits(weight))
     launch(
-        _gate_up_swiglu, (triton.cdiv(wide, tile["BLOCK_N"]), 1, 1),
+        _gate_up_swiglu, (triton.cdiv(wide, tile["BLOCK_N"]), 1, min(batch, 1)),
         x, norm_weight, weight, weight_scale, weight_zero, rows, out, batch, eps,
         DIM=x.shape[1], DIM_OUT=wide, GROUP=group_size(weight, weight_zero), ROWS=bucket, DOT=triton_dtype(x.dtype),
         **tile,
@@ -56,7 +56,7 @@ def gate_up_swiglu_tile(
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     both = project(
         x_ptr, None, norm_ptr, weight_ptr, scale_ptr, zero_ptr, rows_ptr, n, batch, 1, eps,
-        DIM, DIM_OUT, "normed", 1, GROUP, ROWS, DOT, BLOCK_N, BLOCK_K,
+        DIM, DIM_OUT, "normed", 1, 1, GROUP, ROWS, DOT, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     half: tl.constexpr = BLOCK_N // 2
     gate, up = tl.split(tl.reshape(both, (both.shape[0], half, 2)))

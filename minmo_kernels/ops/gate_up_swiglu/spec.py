@@ -41,7 +41,7 @@ def draw(st: Any) -> Any:
 def make(case: Case) -> dict[str, Any]:
     g = generator(case)
     batch, dim, dtype = case["batch"], case["dim"], case["dtype"]
-    rows = random_rows(g, batch, batch + 1)
+    rows = random_rows(g, batch, batch + 1, case)
     return {
         "x": padding_nan(normal(g, batch, dim, dtype=dtype), rows),
         "norm_weight": normal(g, dim, dtype=dtype),

@@ -1,11 +1,13 @@
-"""Fifth launch of a decode layer: down projection and residual."""
+"""Fifth launch of a decode layer, down projection and residual; without a residual, the head of a decoder."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, Request, check, check_tensor
+from minmo_kernels.dispatch import FLOATS, Op, Request, check, check_tensor
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.linear_residual.reference import reference
 from minmo_kernels.tuning import MOST_ROWS, bucket_of
@@ -17,7 +19,7 @@ GROUPS = (32, 64, 128)
 def linear_residual(
     x: Tensor,
     weight: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     rows: Tensor,
     *,
     weight_scale: Tensor | None = None,
@@ -25,9 +27,9 @@ def linear_residual(
 ) -> Tensor:
     """residual + x @ weight.T.
 
-    Shapes: x (batch, dim_in); weight (dim_out, dim_in) in one of three formats; residual (batch, dim_out); rows
-    (batch,) int32, -1 = padding. Returns (batch, dim_out), zeros for padding entries. Raises ValueError for shapes,
-    dtypes or devices that do not fit.
+    Shapes: x (batch, dim_in); weight (dim_out, dim_in) in one of three formats; residual (batch, dim_out), or None for
+    the product alone; rows (batch,) int32, -1 = padding. Returns (batch, dim_out) in x's dtype, zeros for padding
+    entries. Raises ValueError for shapes, dtypes or devices that do not fit.
 
     Weight formats, here and in the other projections of a decode step:
     - x's dtype, as it is;
@@ -38,14 +40,14 @@ def linear_residual(
       neighbours under one mask.
     """
     name = "linear_residual"
-    check_tensor(name, "x", x, "batch dim_in", x.device)
-    check_tensor(name, "residual", residual, "batch dim_out", x.device, x.dtype)
+    check_tensor(name, "x", x, "batch dim_in", x.device, *FLOATS)
     check_tensor(name, "rows", rows, "batch", x.device, torch.int32)
-    check_weight(name, "weight", weight, weight_scale, weight_zero, (residual.shape[1], x.shape[1]), x)
-    check(
-        rows.shape[0] == residual.shape[0] == x.shape[0],
-        lambda: f"{name}: rows has {rows.shape[0]} entries, residual {residual.shape[0]}, x {x.shape[0]}",
-    )
+    check_weight(name, "weight", weight, weight_scale, weight_zero, (len(weight), x.shape[1]), x)
+    check(len(rows) == len(x), lambda: f"{name}: rows has {len(rows)} entries, x {len(x)}")
+    if residual is not None:
+        check_tensor(name, "residual", residual, "batch dim_out", x.device, x.dtype)
+        wanted = (len(x), len(weight))
+        check(residual.shape == wanted, lambda: f"{name}: residual must be {wanted}, got {tuple(residual.shape)}")
     return OP(x, weight, residual, rows, weight_scale, weight_zero)
 
 
@@ -104,8 +106,17 @@ def rows_bucket(batch: int) -> int:
     return bucket_of(batch) if batch <= MOST_ROWS else MOST_ROWS + 1
 
 
-def refuses_many_rows(request: Request) -> str | None:
+def decode_features(x: Tensor, weight: Tensor) -> dict[str, Any]:
+    """What may decide the backend of a decode layer's projections: the bucket of the batch, and whether the words of an
+    int4 weight can be loaded."""
+    words = weight.dtype != torch.uint8 or weight.device.type == "meta" or weight.data_ptr() % 4 == 0
+    return {"rows": rows_bucket(len(x)), "aligned": words}
+
+
+def refuses_decode(request: Request) -> str | None:
     """Shared by the projections of a decode layer."""
+    if not request.features["aligned"]:
+        return "an int4 weight starts at an address that is no multiple of 4 bytes; call .clone() on it"
     if request.features["rows"] > MOST_ROWS:
         return f"a decode step has up to {MOST_ROWS} rows; more are prefill, which the library serves"
     return None
@@ -113,9 +124,9 @@ def refuses_many_rows(request: Request) -> str | None:
 
 OP = Op(
     "linear_residual",
-    "(Tensor x, Tensor weight, Tensor residual, Tensor rows, Tensor? weight_scale, Tensor? weight_zero) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? residual, Tensor rows, Tensor? weight_scale, Tensor? weight_zero) -> Tensor",
     reference=reference,
-    fake=lambda x, weight, residual, rows, weight_scale, weight_zero: torch.empty_like(residual),
-    features=lambda x, *args: {"rows": rows_bucket(len(x))},
-    backends=(triton_backend("linear_residual", refuses_many_rows),),
+    fake=lambda x, weight, *args: x.new_empty((x.shape[0], weight.shape[0])),
+    features=lambda x, weight, *args: decode_features(x, weight),
+    backends=(triton_backend("linear_residual", refuses_decode),),
 )

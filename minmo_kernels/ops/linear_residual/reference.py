@@ -9,10 +9,17 @@ from minmo_kernels.dispatch import compute_dtype
 
 
 def reference(
-    x: Tensor, weight: Tensor, residual: Tensor, rows: Tensor, weight_scale: Tensor | None, weight_zero: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    rows: Tensor,
+    weight_scale: Tensor | None,
+    weight_zero: Tensor | None,
 ) -> Tensor:
     kind = compute_dtype(x.dtype)
-    out = residual.to(kind) + x.to(kind) @ dequantised(weight, weight_scale, weight_zero, kind).T
+    out = x.to(kind) @ dequantised(weight, weight_scale, weight_zero, kind).T
+    if residual is not None:
+        out = residual.to(kind) + out
     return torch.where((rows >= 0)[:, None], out, 0.0).to(x.dtype)
 
 

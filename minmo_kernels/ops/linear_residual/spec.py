@@ -33,6 +33,7 @@ def draw(st: Any) -> Any:
             "batch": st.integers(1, 4),
             "dim_in": st.sampled_from([32, 96, 130, 256]),
             "dim_out": st.sampled_from([16, 64, 101]),
+            "residual": st.booleans(),
             "seed": st.integers(0, 2**31 - 1),
         }
     ).filter(lambda case: case["dim_in"] % group_of(case["weights"]) == 0)
@@ -41,11 +42,11 @@ def draw(st: Any) -> Any:
 def make(case: Case) -> dict[str, Any]:
     g = generator(case)
     batch, dim_in, dim_out, dtype = case["batch"], case["dim_in"], case["dim_out"], case["dtype"]
-    rows = random_rows(g, batch, batch + 1)
+    rows = random_rows(g, batch, batch + 1, case)
     return {
         "x": padding_nan(normal(g, batch, dim_in, dtype=dtype), rows),
         **quantised("weight", normal(g, dim_out, dim_in, dtype=dtype, scale=dim_in**-0.5), case["weights"]),
-        "residual": padding_nan(normal(g, batch, dim_out, dtype=dtype), rows),
+        "residual": padding_nan(normal(g, batch, dim_out, dtype=dtype), rows) if case["residual"] else None,
         "rows": rows,
     }
 
@@ -53,14 +54,16 @@ def make(case: Case) -> dict[str, Any]:
 def oracle(
     x: Tensor,
     weight: Tensor,
-    residual: Tensor,
+    residual: Tensor | None,
     rows: Tensor,
     weight_scale: Tensor | None = None,
     weight_zero: Tensor | None = None,
 ) -> tuple[Tensor]:
     """One extra input that is always 1 carries the residual."""
     weight = dequantised(weight, weight_scale, weight_zero)
-    out = torch.zeros(residual.shape, dtype=torch.float64)
+    out = torch.zeros(len(x), len(weight), dtype=torch.float64)
+    if residual is None:
+        residual = out
     for b, row in enumerate(rows.tolist()):
         if row >= 0:
             columns = torch.cat([weight, residual[b].double()[:, None]], dim=1)
@@ -72,23 +75,29 @@ def _sum_of_halves(case: Case) -> None:
     """Two halves of the input, one after the other, give the whole."""
     arguments = make(dict(case, dtype="float32", weights="full"))
     x, weight, half = arguments["x"], arguments["weight"], case["dim_in"] // 2
-    first = linear_residual(**dict(arguments, x=x[:, :half], weight=weight[:, :half]))
-    both = linear_residual(**dict(arguments, x=x[:, half:], weight=weight[:, half:], residual=first))
+    first = linear_residual(**dict(arguments, x=x[:, :half].contiguous(), weight=weight[:, :half].contiguous()))
+    both = linear_residual(
+        **dict(arguments, x=x[:, half:].contiguous(), weight=weight[:, half:].contiguous(), residual=first)
+    )
     torch.testing.assert_close(both, linear_residual(**arguments), rtol=1e-4, atol=1e-5)
 
 
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
-    """Decode of a decoder with these sizes: dim, ffn (the down projection)."""
-    for batch in (1, 8):
-        for weights in formats_of(dims["ffn"]):
-            yield {
-                "dtype": "bfloat16", "weights": weights, "batch": batch, "dim_in": dims["ffn"], "dim_out": dims["dim"],
-                "seed": 0,
-            }  # fmt: skip
+    """Decode of a decoder with these sizes: dim, ffn (the down projection), vocab (the head)."""
+    projections = [(dims["ffn"], dims["dim"], True)]
+    if "vocab" in dims:
+        projections.append((dims["dim"], dims["vocab"], False))
+    for dim_in, dim_out, residual in projections:
+        for batch in (1, 8):
+            for weights in formats_of(dim_in):
+                yield {
+                    "dtype": "bfloat16", "weights": weights, "batch": batch, "dim_in": dim_in, "dim_out": dim_out,
+                    "residual": residual, "seed": 0,
+                }  # fmt: skip
 
 
 def moved_bytes(case: Case) -> int:
-    values = case["batch"] * (case["dim_in"] + 2 * case["dim_out"])
+    values = case["batch"] * (case["dim_in"] + case["dim_out"] * (2 if case["residual"] else 1))
     return weight_bytes(case, case["dim_out"], case["dim_in"]) + getattr(torch, case["dtype"]).itemsize * values
 
 

@@ -5,7 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, Request, check, check_counts, check_tensor, checked_rows
+from minmo_kernels.dispatch import (
+    FLOATS,
+    Fault,
+    Op,
+    Request,
+    Rule,
+    check,
+    check_counts,
+    check_number,
+    check_tensor,
+    checked_rows,
+)
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.log_mel.filters import mel_filters
 from minmo_kernels.ops.log_mel.reference import reference
@@ -47,7 +58,8 @@ def log_mel(
     """
     name = "log_mel"
     check_tensor(name, "audio", audio, "batch samples", audio.device)
-    check(audio.is_floating_point(), lambda: f"{name}: audio must be floating point in -1 .. 1, got {audio.dtype}")
+    check(audio.dtype in FLOATS, lambda: f"{name}: audio must be floating point in -1 .. 1, got {audio.dtype}")
+    check_number(name, "floor", floor)
     check_tensor(name, "lengths", lengths, "batch", audio.device, torch.int32)
     check_tensor(name, "rows", rows, "batch", audio.device, torch.int32)
     check_tensor(name, "filters", filters, "n_mels bins", audio.device)
@@ -65,7 +77,18 @@ def log_mel(
         check(rule == "stream", lambda: f"{name}: the whisper rule is one shot; pass carry=None")
         check_tensor(name, "carry", carry, "sessions left", audio.device, audio.dtype)
         check(carry.shape[1] == n_fft - hop, lambda: f"{name}: carry holds {carry.shape[1]} samples, not {n_fft - hop}")
-    rows = checked_rows(name, rows, None if carry is None else len(carry), counts)
+    fits: Rule = (
+        Fault.LENGTH,
+        lambda _: lengths % hop != 0,
+        lambda _: f"lengths must be multiples of {hop} samples under the stream rule; buffer the rest",
+    )
+    if rule == "whisper":
+        fits = (
+            Fault.LENGTH,
+            lambda _: (lengths > 0) & (lengths <= n_fft // 2),
+            lambda _: f"the whisper rule mirrors {n_fft // 2} samples at each end and needs at least {n_fft // 2 + 1}",
+        )
+    rows = checked_rows(name, rows, None if carry is None else len(carry), counts, fits)
     return OP(audio, lengths, carry, rows, filters, window, rule, hop, floor)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minmo_kernels.ops.log_mel import log_mel, mel_filters
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_rows
+from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_counts, random_rows
 
 
 def draw(st: Any) -> Any:
@@ -20,7 +20,7 @@ def draw(st: Any) -> Any:
             "rule": st.sampled_from(["stream", "stream one shot", "whisper"]),
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
             "batch": st.integers(1, 3),
-            "frames": st.integers(3, 8),
+            "frames": st.sampled_from([3, 5, 8, 18]),
             "n_fft": st.sampled_from([40, 64]),
             "hop": st.sampled_from([16, 20]),
             "n_mels": st.integers(1, 12),
@@ -36,9 +36,10 @@ def make(case: Case) -> dict[str, Any]:
     whisper = case["rule"] == "whisper"
     samples = frames * hop
     if whisper:
-        lengths = torch.randint(n_fft // 2 + 1, samples + 1, (batch,), generator=g, dtype=torch.int32)
+        least = n_fft // 2 + 1
+        lengths = least + random_counts(g, batch, samples - least, case)
     else:
-        lengths = torch.randint(0, frames + 1, (batch,), generator=g, dtype=torch.int32) * hop
+        lengths = random_counts(g, batch, frames, case) * hop
     loudness = torch.logspace(0, -3, samples)
     audio = (normal(g, batch, samples) * loudness).to(getattr(torch, case["dtype"]))
     carry = normal(g, batch + 1, n_fft - hop, dtype=case["dtype"]) if case["rule"] == "stream" else None
@@ -46,7 +47,7 @@ def make(case: Case) -> dict[str, Any]:
         "audio": beyond_lengths_nan(audio, lengths),
         "lengths": lengths,
         "carry": carry,
-        "rows": random_rows(g, batch, batch + 1),
+        "rows": random_rows(g, batch, batch + 1, case),
         "filters": mel_filters(16_000, n_fft, case["n_mels"]).float(),
         "window": torch.hann_window(n_fft),
         "rule": "whisper" if whisper else "stream",

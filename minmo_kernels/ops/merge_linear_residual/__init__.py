@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import FLOATS, Op, check, check_tensor
 from minmo_kernels.launch import triton_backend
-from minmo_kernels.ops.linear_residual import check_weight, refuses_many_rows, rows_bucket
+from minmo_kernels.ops.linear_residual import check_weight, decode_features, refuses_decode
 from minmo_kernels.ops.merge_linear_residual.reference import reference
 
 
@@ -34,7 +34,7 @@ def merge_linear_residual(
     name = "merge_linear_residual"
     check_tensor(name, "partials", partials, "batch n heads head_dim", partials.device, torch.float32)
     check_tensor(name, "lse", lse, "batch n heads", partials.device, torch.float32)
-    check_tensor(name, "residual", residual, "batch dim_out", partials.device)
+    check_tensor(name, "residual", residual, "batch dim_out", partials.device, *FLOATS)
     check_tensor(name, "rows", rows, "batch", partials.device, torch.int32)
     batch, _, heads, dim = partials.shape
     check(lse.shape == partials.shape[:3], lambda: f"{name}: lse must be {tuple(partials.shape[:3])}")
@@ -53,6 +53,9 @@ OP = Op(
     " Tensor? weight_zero) -> Tensor",
     reference=reference,
     fake=lambda partials, lse, weight, residual, rows, weight_scale, weight_zero: torch.empty_like(residual),
-    features=lambda partials, lse, weight, *args: {"dim": partials.shape[3], "rows": rows_bucket(len(lse))},
-    backends=(triton_backend("merge_linear_residual", refuses_many_rows),),
+    features=lambda partials, lse, weight, *args: {
+        "dim": partials.shape[3],
+        **decode_features(lse, weight),
+    },
+    backends=(triton_backend("merge_linear_residual", refuses_decode),),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from minmo_kernels.ops.linear_residual.kernel import run_projection
@@ -17,4 +18,6 @@ def run(
     weight_zero: Tensor | None,
 ) -> Tensor:
     parts, head_dim = partials.shape[1], partials.shape[3]
-    return run_projection(partials, lse, weight, weight_scale, weight_zero, residual, rows, parts, head_dim)
+    out = torch.empty_like(residual)
+    run_projection(partials, lse, weight, weight_scale, weight_zero, residual, rows, out, parts, head_dim)
+    return out

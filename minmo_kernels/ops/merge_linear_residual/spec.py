@@ -43,14 +43,14 @@ def draw(st: Any) -> Any:
 
 
 def make(case: Case) -> dict[str, Any]:
-    """About a third of the parts saw nothing: their lse is -inf and their values are NaN."""
+    """About a third of the parts saw nothing, unless the case is `filled`: their lse is -inf and their values NaN."""
     g = generator(case)
     batch, heads, dim = case["batch"], case["heads"], case["head_dim"]
     lse = 4 * normal(g, batch, case["partials"], heads)
-    lse[torch.rand(lse.shape, generator=g) < 0.3] = -math.inf
+    lse[torch.rand(lse.shape, generator=g) < (0.0 if case.get("filled") else 0.3)] = -math.inf
     partials = normal(g, batch, case["partials"], heads, dim)
     partials[lse.isneginf()] = math.nan
-    rows = random_rows(g, batch, batch + 1)
+    rows = random_rows(g, batch, batch + 1, case)
     weight = normal(g, case["dim_out"], heads * dim, dtype=case["dtype"], scale=(heads * dim) ** -0.5)
     return {
         "partials": partials,
@@ -93,7 +93,7 @@ def _number_of_parts(case: Case) -> None:
     q = normal(g, batch, 1, heads, dim)
     k, v = normal(g, batch + 1, 9, 1, dim), normal(g, batch + 1, 9, 1, dim)
     lengths = torch.randint(1, 10, (batch + 1,), generator=g, dtype=torch.int32)
-    rows = random_rows(g, batch, batch + 1)
+    rows = random_rows(g, batch, batch + 1, case)
     weight, residual = normal(g, case["dim_out"], heads * dim, scale=0.1), normal(g, batch, case["dim_out"])
 
     def run(parts: int) -> Tensor:

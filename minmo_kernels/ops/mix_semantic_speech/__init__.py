@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Fault, Op, Rule, check, check_counts, check_tensor, checked_rows
+from minmo_kernels.dispatch import FLOATS, Fault, Op, Rule, check, check_counts, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.mix_semantic_speech.reference import reference
 from minmo_kernels.ops.mix_semantic_speech.schedule import UNKNOWN_LENGTH, is_bistream
@@ -65,7 +65,7 @@ def mix_semantic_speech(
     """
     name = "mix_semantic_speech"
     device = hidden.device
-    check_tensor(name, "hidden", hidden, "batch vectors hidden_dim", device)
+    check_tensor(name, "hidden", hidden, "batch vectors hidden_dim", device, *FLOATS)
     check_tensor(name, "embedding", embedding, "batch vectors embedding_dim", device, hidden.dtype)
     check_tensor(name, "weight", weight, "dim hidden_dim+embedding_dim", device, hidden.dtype)
     check_tensor(name, "bias", bias, "dim", device, hidden.dtype)

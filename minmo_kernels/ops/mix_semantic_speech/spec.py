@@ -12,7 +12,7 @@ from torch import Tensor
 from minmo_kernels.ops.mix_semantic_speech import UNKNOWN_LENGTH, mix_semantic_speech
 from minmo_kernels.ops.mix_semantic_speech.schedule import is_bistream
 from minmo_kernels.spec import Case, OpSpec
-from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_rows
+from minmo_kernels.testing import beyond_lengths_nan, generator, normal, random_counts, random_rows
 
 Slot = tuple[str, int, str, int]
 """(source, its index, target, its index): sources start, vector, turn, speech; targets speech, fill, end; "" = none."""
@@ -27,7 +27,7 @@ def draw(st: Any) -> Any:
             "text": st.integers(0, 12),
             "speech": st.integers(0, 40),
             "ratio": st.sampled_from([(5, 15), (2, 3), (1, 1)]),
-            "dims": st.sampled_from([(8, 3, 5), (4, 6, 6)]),
+            "dims": st.sampled_from([(8, 3, 5), (4, 6, 6), (20, 17, 18)]),
             "form": st.sampled_from(["training", "window", "decoding"]),
             "hidden_first": st.booleans(),
             "ids": st.sampled_from(["int32", "int64"]),
@@ -37,14 +37,15 @@ def draw(st: Any) -> Any:
 
 
 def make(case: Case) -> dict[str, Any]:
-    """training: whole sequences, layout by the lengths; window: any part of any layout; decoding: text still open."""
+    """training: whole sequences, layout by the lengths; window: any part of any layout; decoding: text still open,
+    and in a `filled` case the first block's vectors for the slots behind [sos]."""
     g = generator(case)
     batch, (dim, hidden_dim, embedding_dim), form, dtype = case["batch"], case["dims"], case["form"], case["dtype"]
     semantic_block, speech_block = case["ratio"]
     vocab = 16
 
     def some(most: int) -> Tensor:
-        return torch.randint(0, most + 1, (batch,), generator=g, dtype=torch.int32)
+        return random_counts(g, batch, most, case)
 
     lengths = {"query": some(case["query"]), "text": some(case["text"]), "speech": some(case["speech"])}
     if form == "decoding":
@@ -55,6 +56,8 @@ def make(case: Case) -> dict[str, Any]:
     if form != "training":
         starts, vector_starts, speech_starts = some(slots), some(vectors), some(tokens) - 1
         slots = slots // 2
+        if case.get("filled"):
+            starts, vector_starts, speech_starts, slots = starts * 0 + 1, starts * 0, starts * 0, vectors
         bistream = torch.ones(batch, dtype=torch.bool) if form == "decoding" else some(1).bool()
     ids = torch.randint(0, vocab, (batch, tokens), generator=g).to(getattr(torch, case["ids"]))
     first = torch.zeros(batch, dtype=torch.int32) if speech_starts is None else speech_starts
@@ -66,7 +69,7 @@ def make(case: Case) -> dict[str, Any]:
         "speech": beyond_lengths_nan(ids, lengths["speech"] - first),
         "speech_table": normal(g, vocab, dim, dtype=dtype),
         "markers": normal(g, 3, dim, dtype=dtype),
-        "rows": random_rows(g, batch, batch + 1),
+        "rows": random_rows(g, batch, batch + 1, case),
         **{f"{name}_lengths": length for name, length in lengths.items()},
         "starts": starts,
         "vector_starts": vector_starts,

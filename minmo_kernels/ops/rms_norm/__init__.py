@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor
+from minmo_kernels.dispatch import FLOATS, Op, check, check_number, check_tensor
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.rms_norm.reference import reference
 
@@ -18,6 +18,9 @@ def rms_norm(x: Tensor, weight: Tensor, rows: Tensor | None = None, *, eps: floa
     """
     name = "rms_norm"
     check(x.dim() >= 2, lambda: f"{name}: x must have the shape (batch, ..., dim), got {tuple(x.shape)}")
+    check(x.dtype in FLOATS, lambda: f"{name}: x must be floating point, got {x.dtype}")
+    check(x.shape[-1] > 0, lambda: f"{name}: x has vectors of no values")
+    check_number(name, "eps", eps, 0.0)
     check_tensor(name, "weight", weight, "dim", x.device, x.dtype)
     check(weight.shape[0] == x.shape[-1], lambda: f"{name}: weight has {weight.shape[0]} values for {x.shape[-1]}")
     if rows is not None:

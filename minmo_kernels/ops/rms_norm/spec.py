@@ -31,7 +31,7 @@ def make(case: Case) -> dict[str, Any]:
     g = generator(case)
     middle = (case["items"],) if case["items"] else ()
     x = normal(g, case["batch"], *middle, case["dim"], dtype=case["dtype"])
-    rows = random_rows(g, case["batch"], case["batch"] + 1) if case["rows"] else None
+    rows = random_rows(g, case["batch"], case["batch"] + 1, case) if case["rows"] else None
     return {
         "x": x if rows is None else padding_nan(x, rows),
         "weight": normal(g, case["dim"], dtype=case["dtype"]),

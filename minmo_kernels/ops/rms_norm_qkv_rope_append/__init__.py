@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, Request, check, check_tensor, checked_rows
+from minmo_kernels.dispatch import FLOATS, Op, Request, check, check_number, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
-from minmo_kernels.ops.append_kv import fitting, refuses_head_dim
-from minmo_kernels.ops.linear_residual import check_weight, refuses_many_rows, rows_bucket
+from minmo_kernels.ops.append_kv import check_cache_scales, fitting, refuses_head_dim
+from minmo_kernels.ops.linear_residual import check_weight, decode_features, refuses_decode
 from minmo_kernels.ops.rms_norm_qkv_rope_append.reference import reference
 
 
@@ -43,7 +43,9 @@ def rms_norm_qkv_rope_append(
     are then unchanged.
     """
     name = "rms_norm_qkv_rope_append"
-    check_tensor(name, "x", x, "batch dim", x.device)
+    check_tensor(name, "x", x, "batch dim", x.device, *FLOATS)
+    check_number(name, "eps", eps, 0.0)
+    check_number(name, "rope_theta", rope_theta, 1.0)
     check_tensor(name, "norm_weight", norm_weight, "dim", x.device, x.dtype)
     for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, label, cache, "sessions capacity kv_heads head_dim", x.device, x.dtype)
@@ -60,7 +62,7 @@ def rms_norm_qkv_rope_append(
         check(
             qkv_bias.shape[0] == wanted[0], lambda: f"{name}: qkv_bias has {qkv_bias.shape[0]} values, not {wanted[0]}"
         )
-    check(k_cache.shape == v_cache.shape, lambda: f"{name}: k_cache and v_cache differ in shape")
+    check_cache_scales(name, k_cache, v_cache, None, None, written=True)
     check(k_cache.shape[2] == kv_heads, lambda: f"{name}: the caches have {k_cache.shape[2]} heads, not {kv_heads}")
     check(rows.shape[0] == x.shape[0], lambda: f"{name}: rows has {rows.shape[0]} entries, x {x.shape[0]}")
     check(
@@ -88,7 +90,7 @@ def rms_norm_qkv_rope_append(
 
 
 def _refuses(request: Request) -> str | None:
-    return refuses_many_rows(request) or refuses_head_dim(request)
+    return refuses_decode(request) or refuses_head_dim(request)
 
 
 OP = Op(
@@ -100,6 +102,10 @@ OP = Op(
     fake=lambda x, norm, weight, bias, k_cache, v_cache, rows, lengths, scale, zero, heads, *rest: x.new_empty(
         (x.shape[0], heads, k_cache.shape[3])
     ),
-    features=lambda x, norm, weight, bias, k, *args: {"ring": args[-1], "dim": k.shape[3], "rows": rows_bucket(len(x))},
+    features=lambda x, norm, weight, bias, k, *args: {
+        "ring": args[-1],
+        "dim": k.shape[3],
+        **decode_features(x, weight),
+    },
     backends=(triton_backend("rms_norm_qkv_rope_append", _refuses),),
 )

@@ -36,7 +36,7 @@ def run(
     tile = tuning.config("rms_norm_qkv_rope_append", target(x), rows=bucket, bits=weight_bits(qkv_weight))
     tile = {**tile, "BLOCK_N": min(tile["BLOCK_N"], dim)}  # a program stays within one head
     launch(
-        _qkv, (triton.cdiv(dim, tile["BLOCK_N"]), heads + 2 * kv_heads, 1),
+        _qkv, (triton.cdiv(dim, tile["BLOCK_N"]), heads + 2 * kv_heads, min(batch, 1)),
         x, norm_weight, qkv_weight, weight_scale, weight_zero, qkv_bias, k_cache, v_cache, rows, lengths,
         lookup_table(rope_table, rope_theta, dim, device=x.device), q, batch, capacity, eps,
         HEADS=heads, KV_HEADS=kv_heads, HALF=dim // 2, RING=ring, DIM=x.shape[1], GROUP=group_size(qkv_weight,
@@ -77,7 +77,7 @@ def qkv_tile(
     n = head * (2 * HALF) + block * pairs + j // 2 + j % 2 * HALF
     both = project(
         x_ptr, None, norm_ptr, weight_ptr, scale_ptr, zero_ptr, rows_ptr, n, batch, 1, eps,
-        DIM, total, "normed", 1, GROUP, ROWS, DOT, BLOCK_N, BLOCK_K,
+        DIM, total, "normed", 1, 1, GROUP, ROWS, DOT, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if bias_ptr is not None:
         both += tl.load(bias_ptr + n).to(tl.float32)[None, :]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Op, check, check_tensor, checked_rows
+from minmo_kernels.dispatch import FLOATS, Fault, Op, Rule, check, check_tensor, checked_rows
 from minmo_kernels.launch import triton_backend
-from minmo_kernels.ops.sample_token.reference import reference
+from minmo_kernels.ops.sample_token.reference import allowed, reference
 
 
 def sample_token(
@@ -28,9 +28,10 @@ def sample_token(
 
     Shapes: logits (batch, vocab); rows (batch,) int32, -1 = padding. Settings have a row per session and live on the
     device: seeds (sessions,) int64; positions (sessions,) int64, the absolute index of the token that is drawn now;
-    temperature (sessions,) fp32, 0 = greedy; top_k (sessions,) int32, 0 = no limit; top_p (sessions,) fp32, 1 = no
-    limit; history (sessions, window) int32, recent ids of each session in any order, -1 = empty. banned (batch, n)
-    int32: ids that this call must not give, -1 = none.
+    temperature (sessions,) fp32, 0 or less = greedy, infinity = every candidate alike; top_k (sessions,) int32, 0 or
+    less = no limit; top_p (sessions,) fp32, 1 or more = no limit, 0 or less = the best id alone; history (sessions,
+    window) int32, recent ids of each session in any order, -1 = empty. banned (batch, n) int32: ids that this call must
+    not give, -1 = none.
 
     Greedy takes the largest logit, the lowest id among equals. Otherwise ids are ranked by softmax(logits /
     temperature) (equals by id) and an id is a candidate while the probability of all better ones is < top_p and its
@@ -49,7 +50,7 @@ def sample_token(
     """
     name = "sample_token"
     device = logits.device
-    check_tensor(name, "logits", logits, "batch vocab", device)
+    check_tensor(name, "logits", logits, "batch vocab", device, *FLOATS)
     check_tensor(name, "rows", rows, "batch", device, torch.int32)
     check(rows.shape[0] == logits.shape[0], lambda: f"{name}: rows has {rows.shape[0]} entries, logits {len(logits)}")
     check(logits.shape[1] > 0, lambda: f"{name}: logits have no ids to choose from")
@@ -71,7 +72,17 @@ def sample_token(
         check(len(banned) == len(rows), lambda: f"{name}: banned has {len(banned)} entries for {len(rows)} rows")
     check(0 <= stream < 2**32, lambda: f"{name}: stream must be in 0 .. 2^32 - 1, got {stream}")
     check(repetition_limit >= 1, lambda: f"{name}: repetition_limit must be at least 1, got {repetition_limit}")
-    rows = checked_rows(name, rows, len(seeds))
+    broken: Rule = (
+        Fault.NUMBER,
+        lambda _: logits.isnan().any(dim=1),
+        lambda _: "logits hold NaN; look for the overflow in the model that made them",
+    )
+    empty: Rule = (
+        Fault.NUMBER,
+        lambda _: allowed(logits, banned).isneginf().all(dim=1),
+        lambda entry: f"every id of entry {entry} is banned or has the logit -inf; leave one",
+    )
+    rows = checked_rows(name, rows, len(seeds), broken, empty)
     return OP(
         logits, rows, seeds, positions, temperature, top_k, top_p, history, banned, stream, repetition_limit
     )  # fmt: skip

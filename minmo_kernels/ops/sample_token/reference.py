@@ -26,21 +26,22 @@ def reference(
     stream: int,
     repetition_limit: int,
 ) -> Tensor:
+    if len(rows) == 0:
+        return rows.clone()
     active, row = rows >= 0, rows.clamp(min=0).long()
-    scores = _finite(logits, active) if banned is None else _without(_finite(logits, active), banned)
-    if logits.is_cpu and bool((active & scores.isneginf().all(dim=1)).any()):
-        raise ValueError("sample_token: every id of an active entry is banned or has the logit -inf; leave one")
+    scores = allowed(torch.where(active[:, None], logits, 0.0).to(compute_dtype(logits.dtype)), banned)
 
     wanted = temperature[row][:, None].to(scores.dtype)
     greedy = ~(wanted > 0)
     top = scores.amax(dim=1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
-    scaled = torch.where(scores.isneginf(), -math.inf, (scores - top) / torch.where(greedy, 1.0, wanted))
+    below = scores - top
+    scaled = torch.where(below.isneginf(), -math.inf, below / torch.where(greedy, 1.0, wanted))
 
     # Ranked by the unscaled scores, whose order is exact.
     ranked = scores.sort(dim=1, descending=True, stable=True).indices
     kept = _candidates(scaled.gather(1, ranked), torch.where(greedy, 1, top_k[row][:, None]), top_p[row][:, None])
     if logits.is_cpu:  # where looking at a number costs nothing: noise for the candidates only
-        width = int(kept.sum(dim=1).amax()) if len(kept) else 0
+        width = int(kept.sum(dim=1).amax())
         ranked, kept = ranked[:, :width], kept[:, :width]
     seed, position = seeds[row][:, None], positions[row][:, None]
     noise = _gumbel(seed, position, ranked, stream, word=0).to(scores.dtype)
@@ -57,15 +58,11 @@ def reference(
     return torch.where(active, drawn[:, 0], -1).to(torch.int32)
 
 
-def _finite(logits: Tensor, active: Tensor) -> Tensor:
-    """Logits in the compute dtype: NaN becomes -inf (never chosen), +inf the largest number; zeros for padding."""
-    if logits.is_cpu and bool((logits.isnan().any(dim=1) & active).any()):
-        raise ValueError("sample_token: logits hold NaN; look for the overflow in the model that made them")
-    wide = torch.where(active[:, None], logits, 0.0).to(compute_dtype(logits.dtype))
-    return wide.nan_to_num(nan=-math.inf, posinf=torch.finfo(wide.dtype).max, neginf=-math.inf)
-
-
-def _without(scores: Tensor, banned: Tensor) -> Tensor:
+def allowed(logits: Tensor, banned: Tensor | None) -> Tensor:
+    """Logits with -inf for NaN and banned ids, the largest number for +inf."""
+    scores = logits.nan_to_num(nan=-math.inf, posinf=torch.finfo(logits.dtype).max, neginf=-math.inf)
+    if banned is None:
+        return scores
     vocab = scores.shape[1]
     index = torch.where((banned >= 0) & (banned < vocab), banned, vocab).long()
     mask = torch.zeros(scores.shape[0], vocab + 1, dtype=torch.bool, device=scores.device).scatter(1, index, True)

@@ -38,9 +38,9 @@ def make(case: Case) -> dict[str, Any]:
     logits = normal(g, batch, vocab, dtype=case["dtype"], scale=2.0)
     if vocab > 2:
         logits[:, 2] = logits[:, 0]
-    rows = random_rows(g, batch, sessions)
+    rows = random_rows(g, batch, sessions, case)
     logits[rows < 0] = math.nan
-    temperature = torch.tensor([0.0, 0.5, 1.0, 1.5])[torch.randint(4, (sessions,), generator=g)]
+    temperature = torch.tensor([0.0, 0.5, 1.0, 1.5, math.inf])[torch.randint(5, (sessions,), generator=g)]
     banned = torch.full((batch, case["banned"]), -1, dtype=torch.int32)
     if vocab > 3 and banned.numel():
         banned[:, 0] = torch.randint(0, vocab, (batch,), generator=g, dtype=torch.int32)
@@ -50,13 +50,16 @@ def make(case: Case) -> dict[str, Any]:
             before = [p for _, p in ranked(_weights(logits[b], float(temperature[row]), banned[b].tolist()))]
             if top_p[row] < 1 and min(abs(p - float(top_p[row])) for p in before) < 1e-5:
                 top_p[row] = max((high - low, (low + high) / 2) for low, high in pairwise([*before, 1.0]))[1]
+    top_k = torch.randint(0, 5, (sessions,), generator=g, dtype=torch.int32)
+    if case.get("filled"):  # as a voice token LM samples
+        temperature, top_p, top_k = (torch.full_like(x, v) for x, v in ((temperature, 1.0), (top_p, 0.8), (top_k, 25)))
     return {
         "logits": logits,
         "rows": rows,
         "seeds": torch.randint(-(2**62), 2**62, (sessions,), generator=g),
         "positions": torch.randint(0, 2**40, (sessions,), generator=g),
         "temperature": temperature,
-        "top_k": torch.randint(0, 5, (sessions,), generator=g, dtype=torch.int32),
+        "top_k": top_k,
         "top_p": top_p,
         "history": torch.randint(-1, min(vocab, 4), (sessions, case["history"]), generator=g, dtype=torch.int32)
         if case["history"]

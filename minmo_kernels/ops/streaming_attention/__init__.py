@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minmo_kernels.dispatch import Fault, Op, Rule, check, check_counts, check_tensor, checked_rows
+from minmo_kernels.dispatch import (
+    FLOATS,
+    Fault,
+    Op,
+    Rule,
+    check,
+    check_counts,
+    check_number,
+    check_tensor,
+    checked_rows,
+)
 from minmo_kernels.launch import triton_backend
 from minmo_kernels.ops.append_kv import check_cache_scales, refuses_head_dim
 from minmo_kernels.ops.streaming_attention import backends
@@ -62,10 +72,10 @@ def streaming_attention(
     hold, and for a ring that no longer holds what a query sees.
     """
     name = "streaming_attention"
-    check_tensor(name, "q", q, "batch T heads dim", q.device)
+    check_tensor(name, "q", q, "batch T heads dim", q.device, *FLOATS)
     for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         check_tensor(name, label, cache, "sessions capacity kv_heads dim", q.device, q.dtype, torch.int8)
-    check_cache_scales(name, k_cache, v_cache, k_scale, v_scale)
+    check_cache_scales(name, k_cache, v_cache, k_scale, v_scale, written=False)
     check_tensor(name, "rows", rows, "batch", q.device, torch.int32)
     check_tensor(name, "lengths", lengths, "sessions", q.device, torch.int32)
     batch, queries, heads, dim = q.shape
@@ -81,6 +91,9 @@ def streaming_attention(
     check(mask in MASKS, lambda: f"{name}: mask must be one of {', '.join(MASKS)}, got {mask!r}")
     check((mask == "chunk") == (chunk > 0), lambda: f"{name}: chunk must be > 0 with mask 'chunk' and 0 otherwise")
     check(window >= 0 and partials >= 0, lambda: f"{name}: window and partials are 0 (none) or positive")
+    check(chunk_offset >= 0, lambda: f"{name}: chunk_offset is 0 or positive, got {chunk_offset}; add a chunk to it")
+    scale = dim**-0.5 if scale is None else scale
+    check_number(name, "scale", scale)
     check(window == 0 or mask == "causal", lambda: f"{name}: window goes with mask 'causal'")
     if ring:
         seen = window - 1 if mask == "causal" and window > 0 else chunk * left_chunks if left_chunks >= 0 else -1
@@ -94,7 +107,7 @@ def streaming_attention(
     rows = checked_rows(name, rows, sessions, *rules)
     out, lse = OP(
         q, k_cache, v_cache, rows, lengths, q_lengths, k_scale, v_scale, mask, window, chunk, left_chunks,
-        chunk_offset, ring, dim**-0.5 if scale is None else scale, partials, return_lse or partials > 0,
+        chunk_offset, ring, scale, partials, return_lse or partials > 0,
     )  # fmt: skip
     return (out, lse) if return_lse or partials > 0 else out
 

@@ -95,6 +95,8 @@ def _xformers_refuses(request: Request) -> str | None:
 def _flex_refuses(request: Request) -> str | None:
     if request.device != "cuda":
         return "without a GPU it is eager attention, which the reference is already"
+    if not request.forced:
+        return "it copies the cache: an oracle, which serves where it is forced"
     if torch.float64 in request.dtypes or request.features["dim"] < 16:
         return "it takes 32 bits at most and head dimensions from 16"
     if request.features["partials"]:
@@ -152,7 +154,7 @@ def _torch(
             )
             out = F.pad(result[0].transpose(0, 1), [0, 0, 0, 0, 0, queries - count])
         outs.append(out)
-    return torch.stack(outs), q.new_empty(0, dtype=torch.float32)
+    return torch.stack(outs) if outs else q.new_empty(q.shape), q.new_empty(0, dtype=torch.float32)
 
 
 def _ends(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

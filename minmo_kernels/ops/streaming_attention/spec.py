@@ -77,7 +77,7 @@ def make(case: Case) -> dict[str, Any]:
         "q": beyond_lengths_nan(q, q_lengths),
         "k_cache": beyond_lengths_nan(k, lengths),
         "v_cache": beyond_lengths_nan(v, lengths),
-        "rows": random_rows(g, batch, sessions, padding=not case.get("filled")),
+        "rows": random_rows(g, batch, sessions, case),
         "lengths": lengths,
         "q_lengths": None if case["all_queries"] else q_lengths,
         "scale": case["scale"],
@@ -171,7 +171,7 @@ def cases(dims: Mapping[str, int]) -> Iterator[Case]:
             yield {
                 "form": "causal", "dtype": "bfloat16", "batch": batch, "queries": queries,
                 "heads": (dims["heads"], dims["kv_heads"]), "dim": dims["head_dim"], "scale": None, "all_queries": True,
-                "capacity": dims["capacity"], "int8": int8, "filled": True, "seed": 0,
+                "capacity": dims["capacity"], "int8": int8, "seed": 0,
             }  # fmt: skip
 
 
