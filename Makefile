@@ -9,7 +9,7 @@ demo: .venv/core.installed
 # through Triton's interpreter in a run of their own: the switch is read when they are imported.
 TEST = OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 test: .venv/dev.installed
-	TRITON_INTERPRET=1 $(TEST) tests/minmo_kernels/test_triton.py
+	TRITON_INTERPRET=1 $(TEST) tests/minmo_kernels/test_triton.py tests/minmo_kernels/test_decode_layer.py
 	$(TEST)
 
 lint: .venv/dev.installed

@@ -106,44 +106,28 @@ def merge_parts(
     DIM: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Columns start ... of attention's unmerged parts x (rows, parts, DIM) fp32, merged by their log-sum-exp (rows,
-    parts, heads) -> (M, BLOCK_K). PARTS: 0, or a power of two that is not below `parts`, so that all load at once.
+    parts, heads) -> (M, BLOCK_K). PARTS: a power of two that is not below `parts`, so that all of them load at once.
 
     Four columns share a head, so shares are computed for each four and not for each column.
     """
+    heads: tl.constexpr = DIM // HEAD_DIM
     four = start // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
     read = active & (four < DIM // 4)
     top = tl.full([m.shape[0], BLOCK_K // 4], float("-inf"), tl.float32)
-    if PARTS > 0:
-        for part in tl.static_range(PARTS):
-            top = tl.maximum(top, _part_lse(lse_ptr, m, part, parts, four, read, DIM, HEAD_DIM))
-    else:
-        for part in range(parts):
-            top = tl.maximum(top, _part_lse(lse_ptr, m, part, parts, four, read, DIM, HEAD_DIM))
+    for part in tl.static_range(PARTS):
+        at = (m * parts + part) * heads + four * 4 // HEAD_DIM
+        top = tl.maximum(top, tl.load(lse_ptr + at, mask=read & (part < parts), other=float("-inf")))
     top = tl.where(top > float("-inf"), top, 0.0)
     total = tl.zeros([m.shape[0], BLOCK_K // 4], tl.float32)
     x = tl.zeros([m.shape[0], BLOCK_K // 4, 4], tl.float32)
-    if PARTS > 0:
-        for part in tl.static_range(PARTS):
-            x, total = _add_part(x_ptr, lse_ptr, m, part, parts, four, read, top, x, total, DIM, HEAD_DIM)
-    else:
-        for part in range(parts):
-            x, total = _add_part(x_ptr, lse_ptr, m, part, parts, four, read, top, x, total, DIM, HEAD_DIM)
+    for part in tl.static_range(PARTS):
+        at = (m * parts + part) * heads + four * 4 // HEAD_DIM
+        share = tl.exp(tl.load(lse_ptr + at, mask=read & (part < parts), other=float("-inf")) - top)
+        place = (m * parts + part).to(tl.int64)[:, :, None] * DIM + four[:, :, None] * 4 + tl.arange(0, 4)[None, None]
+        value = tl.load(x_ptr + place, mask=(read & (part < parts))[:, :, None], other=0.0)
+        x += tl.where((share > 0.0)[:, :, None], value * share[:, :, None], 0.0)  # what saw nothing holds anything
+        total += share
     return tl.reshape(x / tl.where(total > 0.0, total, 1.0)[:, :, None], (m.shape[0], BLOCK_K))
-
-
-@triton.jit
-def _part_lse(lse_ptr, m, part, parts, four, read, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
-    at = (m * parts + part) * (DIM // HEAD_DIM) + four * 4 // HEAD_DIM
-    return tl.load(lse_ptr + at, mask=read & (part < parts), other=float("-inf"))
-
-
-@triton.jit
-def _add_part(x_ptr, lse_ptr, m, part, parts, four, read, top, x, total, DIM: tl.constexpr, HEAD_DIM: tl.constexpr):
-    share = tl.exp(_part_lse(lse_ptr, m, part, parts, four, read, DIM, HEAD_DIM) - top)
-    place = (m * parts + part).to(tl.int64)[:, :, None] * DIM + four[:, :, None] * 4 + tl.arange(0, 4)[None, None, :]
-    value = tl.load(x_ptr + place, mask=(read & (part < parts))[:, :, None], other=0.0)
-    # What saw nothing may hold anything.
-    return x + tl.where((share > 0.0)[:, :, None], value * share[:, :, None], 0.0), total + share
 
 
 @triton.jit

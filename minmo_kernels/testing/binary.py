@@ -31,6 +31,14 @@ _TYPES = {
 
 
 @dataclass(frozen=True)
+class Loop:
+    """Instructions of a loop: its own, and those of loops inside it."""
+
+    own: tuple[str, ...]
+    nested: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Binary:
     """A compiled kernel. stack: bytes a thread keeps in memory, spilled registers and local arrays alike; shared:
     bytes a block; instructions: mnemonics with their suffixes, counted over the whole program."""
@@ -53,16 +61,23 @@ class Binary:
         wide = re.compile(r"(LDG|LDGSTS)\b.*\.128")
         return sum(n for name, n in self.instructions.items() if wide.match(name))
 
-    def innermost_loops(self) -> list[tuple[str, ...]]:
-        """Bodies of the loops that hold no other loop, in order of address."""
+    def loops(self) -> list[Loop]:
+        """Every loop, in order of address."""
         where = {address: i for i, (address, _) in enumerate(self.listing)}
         spans = []
         for i, (address, text) in enumerate(self.listing):
             target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
             if target and int(target[1], 16) < address and int(target[1], 16) in where:
                 spans.append((where[int(target[1], 16)], i))
-        inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
-        return [tuple(text for _, text in self.listing[a : b + 1]) for a, b in inner]
+        found = []
+        for first, last in spans:
+            inner = {
+                i for a, b in spans if (a, b) != (first, last) and first <= a and b <= last for i in range(a, b + 1)
+            }
+            body = [(i in inner, self.listing[i][1]) for i in range(first, last + 1)]
+            own, nested = (tuple(text for within, text in body if within is wanted) for wanted in (False, True))
+            found.append(Loop(own, nested))
+        return found
 
 
 def compiled(launch: Launch, sm: int) -> Binary:

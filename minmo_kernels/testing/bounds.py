@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minmo_kernels.testing.binary import Binary
+from minmo_kernels.testing.binary import Binary, Loop
 
 LATENCY = 700e-9
 """Seconds from a load to its data under load."""
@@ -73,13 +73,17 @@ class Bounds:
 def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
     """stages: the launch's num_stages; loads through shared memory run so many turns less one ahead. streamed: bytes of
     its weight or cache that a warp takes in a turn, where that is known: the rest of what it loads (activations,
-    scales) comes from a cache and is no progress. Unrolled loops are then bounded from below. A binary without a loop
-    is taken as a whole."""
-    loops = binary.innermost_loops()
-    body = max(loops, key=_progress) if loops else tuple(text for _, text in binary.listing)
-    size = loaded_bytes(body)
+    scales) comes from a cache and is no progress. Unrolled loops are then bounded from below; of loops within the
+    busiest one a single turn counts. A binary without a loop is taken as a whole."""
+    loops = binary.loops()
+    busiest = (
+        max(loops, key=lambda loop: _progress(loop.own)) if loops else Loop(tuple(t for _, t in binary.listing), ())
+    )
+    size = loaded_bytes(busiest.own)
     if streamed and loops:
         size = min(size, streamed)
+
+    body = busiest.own + busiest.nested
     slow = max(32 / rate * sum(1 for text in body if kind.search(text)) for kind, rate in _SLOW.items())
     ahead = max(1, stages - 1) if binary.count("LDGSTS") else 1
     return Bounds(

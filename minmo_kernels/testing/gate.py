@@ -87,7 +87,7 @@ def measured(record: Launch, binary: Binary) -> dict[str, float]:
 
 def limits(record: Launch, binary: Binary) -> Bounds:
     """The bounds of a launch's binary; of one that streams, by the bytes of its weight or cache alone."""
-    return bounds(binary, record.options.get("num_stages", 3), _tile_bytes(record) // binary.warps)
+    return bounds(binary, record.options.get("num_stages", 3), _tile_bytes(record) // max(1, binary.warps))
 
 
 def _tile_bytes(record: Launch) -> int:
@@ -172,7 +172,7 @@ def read_budgets(path: Path) -> dict[str, dict[str, float]]:
 def reasons_for(path: Path, record: Launch) -> dict[str, str]:
     """By kind ("stack", "rate", "flight": see `faults`): why this launch may fall short; of each kind the first entry
     whose words are all in the launch's key."""
-    found = {}
+    found: dict[str, str] = {}
     for kind, entries in json.loads(path.read_text()).get("reasons", {}).items():
         for words, reason in entries.items():
             if set(words.split()) <= set(record.key.split()):

@@ -148,7 +148,7 @@ def main() -> None:
     measured: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), **versions}
     operations = options.operation or list(load_all())
     sm = 10 * major + minor
-    before = dict(tuning.table(sm))
+    before: dict[str, Any] = dict(tuning.table(sm))
     done: list[str] = []
     if (last := before.get("measured")) and all(last.get(k) == v for k, v in measured.items()):
         done = list(last["done"])

@@ -59,6 +59,26 @@ def test_reference_equals_fp64_oracle(name):
     check()
 
 
+@pytest.mark.parametrize("name", [n for n in NAMES if SPECS[n].batched])
+def test_no_rows_are_no_work(name):
+    """On every backend that serves here, the reference and PyTorch's among them."""
+    spec = SPECS[name]
+
+    @settings(EXAMPLES, max_examples=10)
+    @given(spec.draw(st))
+    def check(case):
+        arguments = spec.make(case)
+        arguments |= {k: arguments[k][:0] for k in spec.batched if arguments.get(k) is not None}
+        if "return_lse" in arguments:
+            arguments["return_lse"] = False
+        for verdict in mk.explain(spec.function, **arguments).verdicts:
+            if verdict.reason is None:
+                with mk.use_backend(verdict.backend):
+                    assert all(x.shape[0] == 0 for x in outputs(spec.function(**arguments)))
+
+    check()
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if len(OPS[n].backends) > 1])
 def test_every_backend_is_as_good_as_the_reference(name):
     spec, op = SPECS[name], OPS[name]
@@ -192,14 +212,15 @@ def test_error_words_that_do_not_fit_are_refused():
 FAULTS = {
     "append_kv": ("row", "session"),
     "fsmn": ("row", "count"),
-    "fsq_encode": ("count",),
-    "log_mel": ("row", "count"),
+    "fsq_encode": ("count", "number"),
+    "log_mel": ("row", "count", "rest"),
     "mix_semantic_speech": ("id",),
     "rms_norm_qkv_rope_append": ("row", "session"),
-    "sample_token": ("row",),
+    "sample_token": ("row", "number", "nothing"),
     "streaming_attention": ("row", "session"),
 }
-"""What of an entry can lie out of range: its row, its session's length, its own count, an id."""
+"""What of an entry can be wrong: its row, its session's length, its own count (or that it leaves a rest), an id, the
+numbers that a choice is made from (NaN, or nothing left)."""
 
 
 def spoil(arguments, what, entry):
@@ -213,6 +234,15 @@ def spoil(arguments, what, entry):
     if what == "count":
         arguments["lengths"][entry] = 10**6
         return mk.Fault.LENGTH
+    if what == "rest":
+        arguments["lengths"][entry] += 1 if arguments["lengths"][entry] == 0 else -1
+        return mk.Fault.LENGTH
+    if what == "number":
+        arguments["logits" if "logits" in arguments else "x"][entry] = torch.nan
+        return mk.Fault.NUMBER
+    if what == "nothing":
+        arguments["logits"][entry] = -torch.inf
+        return mk.Fault.NUMBER
     arguments["speech"][entry] = len(arguments["speech_table"])
     return mk.Fault.ID
 
@@ -229,6 +259,10 @@ def test_numbers_out_of_range_raise_or_make_padding_of_their_entry(name, what):
         rows = whole.get("rows")
         stateless = what == "row" and whole.get("carry", rows) is None
         if rows is None or entry >= len(rows) or rows[entry] < 0 or stateless:
+            return
+        if (what == "rest" and whole["rule"] != "stream") or (
+            what == "number" and whole.get("lengths", rows)[entry] == 0
+        ):
             return
         if what == "id":
             starts = whole["speech_starts"]

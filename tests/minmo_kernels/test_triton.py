@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 import minmo_kernels as mk
 from minmo.config import load_config, presets
 from minmo_kernels import launch
-from minmo_kernels.dispatch import BackendError
+from minmo_kernels.dispatch import OPS, BackendError
 from minmo_kernels.spec import load_all
 from minmo_kernels.testing import assert_as_good_as_reference, outputs
 
@@ -25,8 +25,8 @@ SPECS = load_all()
 NAMES = list(SPECS)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = ["float32", "float16"] if DEVICE == "cpu" else ["float32", "float16", "bfloat16"]
-EXAMPLES = int(os.environ.get("MINMO_EXAMPLES", "20"))
-"""Examples an operation: 20 in `make test`, since an interpreted one takes a second; 5000 is the deep profile."""
+EXAMPLES = int(os.environ.get("MINMO_EXAMPLES", "200"))
+"""Examples an operation, a fiftieth of them a law; 5000 is the deep profile."""
 # Without shrinking, which would interpret a failing kernel hundreds of times; the cases are small as they are.
 RUN = settings(
     max_examples=EXAMPLES,
@@ -35,9 +35,10 @@ RUN = settings(
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-LAW = settings(RUN, max_examples=max(3, EXAMPLES // 10))
+LAW = settings(RUN, max_examples=max(4, EXAMPLES // 50))
 
 numbers = pytest.mark.skipif(not (launch.INTERPRETING or DEVICE == "cuda"), reason="needs TRITON_INTERPRET=1 or a GPU")
+interpreted = pytest.mark.skipif(not launch.INTERPRETING, reason="needs TRITON_INTERPRET=1: it makes tensors on a CPU")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,7 +112,54 @@ def test_kernel_is_as_good_as_the_reference(name):
     assert count >= EXAMPLES // 4, f"{name}: the kernel served {count} of {EXAMPLES} examples"
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_libraries_are_as_good_as_the_reference():
+    """Whatever library serves a case on this machine, flex attention included, which serves only where it is forced."""
+    spec, served = SPECS["streaming_attention"], set()
+
+    @RUN
+    @given(drawn(spec))
+    def check(case):
+        exact = spec.oracle(**spec.make(case))
+        for name in [b.name for b in OPS[spec.name].backends if b.name not in ("triton", "reference")]:
+            try:
+                actual = run(spec, case, name)
+            except BackendError:
+                continue
+            served.add(name)
+            for a, r, e in zip(actual, run(spec, case, "reference"), exact, strict=True):
+                assert_as_good_as_reference(a, r, e)
+
+    check()
+    assert "flex" in served
+
+
 @numbers
+@pytest.mark.parametrize("name", [n for n in NAMES if SPECS[n].batched])
+def test_no_rows_are_no_work(name):
+    spec, seen = SPECS[name], 0
+
+    @settings(RUN, max_examples=8)
+    @given(drawn(spec))
+    def check(case):
+        nonlocal seen
+        if not served(spec, case):
+            return
+        seen += 1
+        arguments = arguments_of(spec, case)
+        state = [x.clone() for x in spec.mutated(arguments)]
+        none = {k: arguments[k][:0] for k in spec.batched if arguments.get(k) is not None}
+        with mk.use_backend("triton"):
+            results = outputs(spec.function(**{**arguments, **none}))
+        assert all(x.shape[0] == 0 for x in results)
+        for before, after in zip(state, spec.mutated(arguments), strict=True):
+            assert torch.equal(before.nan_to_num(7.0), after.nan_to_num(7.0))
+
+    check()
+    assert seen
+
+
+@interpreted
 @pytest.mark.parametrize("name,law", [(n, law) for n in NAMES for law in sorted(SPECS[n].invariants)])
 def test_kernel_obeys_the_laws(name, law):
     @LAW

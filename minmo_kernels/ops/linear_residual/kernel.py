@@ -46,7 +46,7 @@ def run_projection(
         x, lse, weight, weight_scale, weight_zero, residual, rows, out, batch, parts,
         DIM=x.shape[1] if lse is None else x.shape[2] * x.shape[3], DIM_OUT=dim_out,
         SOURCE="plain" if lse is None else "merged", HEAD_DIM=head_dim,
-        PARTS=tuning.bucket_of(parts) if bucket <= 2 else 0, GROUP=group_size(weight, weight_zero), ROWS=bucket,
+        PARTS=tuning.bucket_of(parts), GROUP=group_size(weight, weight_zero), ROWS=bucket,
         DOT=triton_dtype(out.dtype), **tile,
     )  # fmt: skip
 

@@ -22,10 +22,10 @@ def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
-            "batch": st.integers(1, 4),
+            "batch": st.integers(1, 3),
             "query": st.integers(0, 3),
             "text": st.integers(0, 12),
-            "speech": st.integers(0, 40),
+            "speech": st.integers(0, 24),
             "ratio": st.sampled_from([(5, 15), (2, 3), (1, 1)]),
             "dims": st.sampled_from([(8, 3, 5), (4, 6, 6), (20, 17, 18)]),
             "form": st.sampled_from(["training", "window", "decoding"]),

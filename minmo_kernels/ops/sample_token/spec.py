@@ -19,7 +19,7 @@ def draw(st: Any) -> Any:
     return st.fixed_dictionaries(
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
-            "batch": st.integers(1, 4),
+            "batch": st.integers(1, 3),
             "vocab": st.integers(2, 40),
             "history": st.sampled_from([0, 1, 10]),
             "limit": st.integers(1, 2),

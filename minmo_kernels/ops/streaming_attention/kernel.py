@@ -15,6 +15,9 @@ from minmo_kernels import tuning
 from minmo_kernels.launch import launch, target
 from minmo_kernels.tiles import first_visible, past_visible, visible
 
+MERGED_HEADS = 4
+"""Heads that a program of the merge takes."""
+
 
 def run(
     q: Tensor,
@@ -55,12 +58,20 @@ def run(
         return out, lse
     merged = torch.empty_like(q)
     total = q.new_empty((batch, queries, heads) if return_lse else (0,), dtype=torch.float32)
-    launch(
-        _merge, (batch * queries, triton.cdiv(heads, 16), 1),
-        out, lse, merged, total if return_lse else None, queries, parts,
-        HEADS=heads, DIM=dim, BLOCK_H=16, num_warps=4,
-    )  # fmt: skip
+    merge(out, lse, merged, total if return_lse else None, queries=queries, parts=parts, heads=heads, dim=dim)
     return merged, total
+
+
+def merge(
+    out: Tensor, lse: Tensor, merged: Tensor, total: Tensor | None, queries: int, parts: int, heads: int, dim: int
+) -> None:
+    """Parts out (batch, parts, queries, heads, dim) fp32 with their log-sum-exp -> merged (batch, queries, heads, dim)
+    and, where it is wanted, total (batch, queries, heads). A part whose log-sum-exp is -inf is not read."""
+    launch(
+        _merge, (len(out) * queries, triton.cdiv(heads, MERGED_HEADS), 1),
+        out, lse, merged, total, queries, parts,
+        HEADS=heads, DIM=dim, BLOCK_H=MERGED_HEADS, num_warps=4,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["queries", "capacity", "window", "chunk", "left_chunks", "chunk_offset", "scale"])
@@ -172,7 +183,8 @@ def _merge(
     for part in range(parts):
         place = ((entry.to(tl.int64) * parts + part) * queries + t) * HEADS + head
         lse = tl.load(part_lse_ptr + place, mask=inside, other=float("-inf"))
-        value = tl.load(part_ptr + place[:, None] * DIM + d[None, :], mask=inside[:, None], other=0.0)
+        seen = lse > float("-inf")
+        value = tl.load(part_ptr + place[:, None] * DIM + d[None, :], mask=seen[:, None], other=0.0)
         new_top = tl.maximum(top, lse)
         safe = tl.where(new_top > float("-inf"), new_top, 0.0)
         shrink, share = tl.exp(top - safe), tl.exp(lse - safe)
