@@ -90,7 +90,7 @@ def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
         loop=len(body),
         issue=SCHEDULERS * size / len(body) if body else float("inf"),
         slow=size / slow if slow else float("inf"),
-        loaded=size * ahead,
+        loaded=min(size, streamed or size) * ahead,
     )
 
 

@@ -1,8 +1,8 @@
-"""`merge_linear_residual` in Triton: for one and two rows `linear_residual` whose programs merge attention's parts as
-they load them; for more a launch that merges, then `linear_residual`.
+"""`merge_linear_residual` in Triton: for few rows `linear_residual` whose programs merge attention's parts as they load
+them; for more a launch that merges, then `linear_residual`.
 
-Every program of a projection would merge the parts of every row again. At eight rows that is eight times the weights'
-bytes from the level-2 cache, and most of the instructions; at one row it is as many bytes as the weights'.
+Every program of a projection merges the parts of every row again. At one row of 16-bit weights that is as many bytes from
+the level-2 cache as the weights have; at eight rows, or with smaller weights, it would be most of the instructions too.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from torch import Tensor
 
 from minmo_kernels import tuning
 from minmo_kernels.ops.linear_residual import kernel as linear_residual
+from minmo_kernels.ops.linear_residual import weight_bits
 from minmo_kernels.ops.streaming_attention.kernel import merge
 
-MOST_ROWS = 2
-"""The largest bucket whose projection merges by itself."""
+
+def merges_ahead(bucket: int, weight: Tensor) -> bool:
+    """Whether a launch merges before the projection: from three rows on, from two with int8 and always with int4."""
+    return bucket > 2 or 8 * bucket > weight_bits(weight)
 
 
 def run(
@@ -28,7 +31,7 @@ def run(
     weight_zero: Tensor | None,
 ) -> Tensor:
     batch, parts, heads, dim = partials.shape
-    if tuning.rows_of(batch) > MOST_ROWS:
+    if merges_ahead(tuning.rows_of(batch), weight):
         x = residual.new_empty(batch, heads * dim)
         merge(partials, lse, x, None, queries=1, parts=parts, heads=heads, dim=dim)
         return linear_residual.run(x, weight, residual, rows, weight_scale, weight_zero)
