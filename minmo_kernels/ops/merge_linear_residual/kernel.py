@@ -1,8 +1,8 @@
 """`merge_linear_residual` in Triton: for few rows `linear_residual` whose programs merge attention's parts as they load
 them; for more a launch that merges, then `linear_residual`.
 
-Every program of a projection merges the parts of every row again. At one row of 16-bit weights that is as many bytes from
-the level-2 cache as the weights have; at eight rows, or with smaller weights, it would be most of the instructions too.
+Every program of a projection merges the parts of every row again. At one row of 16-bit weights that is as many bytes
+from the level-2 cache as the weights have; at eight rows, or with smaller weights, it would be most instructions too.
 """
 
 from __future__ import annotations
