@@ -14,7 +14,7 @@ from minmo_kernels.ops.streaming_attention.spec import SPEC as ATTENTION
 
 pytestmark = pytest.mark.skipif(not launch.AVAILABLE, reason="triton is not installed")
 CASES = {
-    "linear_residual": (LINEAR, {"weights": "int8", "batch": 8, "dim_in": 256, "dim_out": 64}),
+    "linear_residual": (LINEAR, {"weights": "int8", "batch": 8, "dim_in": 256, "dim_out": 64, "residual": True}),
     "streaming_attention": (
         ATTENTION,
         {"form": "causal", "batch": 2, "queries": 1, "heads": (4, 2), "dim": 64, "capacity": 12, "int8": False,

@@ -292,7 +292,7 @@ def test_lengths_positions_and_row_counts_are_no_constants():
             keys |= {record.key for record in launch.launches(attend.function, arguments, 90)}
     assert len(keys) == 2, keys  # the attention and the merge of its parts
     linear = SPECS["linear_residual"]
-    case = {"dtype": "bfloat16", "weights": "full", "dim_in": 96, "dim_out": 64, "seed": 0}
+    case = {"dtype": "bfloat16", "weights": "full", "dim_in": 96, "dim_out": 64, "residual": True, "seed": 0}
     keys = set()
     for batch in range(1, 65):
         arguments = linear.make(dict(case, batch=batch))
