@@ -11,3 +11,11 @@ torch.set_num_threads(1)
 # `pytest --hypothesis-profile=default` draws new examples instead.
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items):
+    """Each of two processes starts with a half of the list (`--dist worksteal`): tests of one kind, which take alike long,
+    go to both."""
+    kernels = [item for item in items if "tests/minmo_kernels/" in item.nodeid]
+    others = [item for item in items if "tests/minmo_kernels/" not in item.nodeid]
+    items[:] = kernels[::2] + others + kernels[1::2]
