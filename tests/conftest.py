@@ -14,8 +14,8 @@ settings.load_profile("ci")
 
 
 def pytest_collection_modifyitems(items):
-    """Each of two processes starts with a half of the list (`--dist worksteal`): tests of one kind, which take alike long,
-    go to both."""
+    """Each of two processes starts with a half of the list (`--dist worksteal`): tests of one kind, which take alike
+    long, go to both."""
     kernels = [item for item in items if "tests/minmo_kernels/" in item.nodeid]
     others = [item for item in items if "tests/minmo_kernels/" not in item.nodeid]
     items[:] = kernels[::2] + others + kernels[1::2]
