@@ -163,7 +163,7 @@ def request(**changes):
              "current": True}  # fmt: skip
     for key, value in changes.items():
         (given if key in given else features)[key] = value
-    return Request(**given, features=features)
+    return Request(**given, forced=False, features=features)
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
