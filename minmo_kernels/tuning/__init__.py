@@ -1,7 +1,8 @@
 """Launch configurations as data: one JSON a compute capability, read once.
 
 A table maps an operation to entries `[conditions, configuration]` in order; the first entry whose conditions all hold
-serves. `cpu.json` is for the interpreter (few, large programs), `smXX.json` for GPUs of capability XX and newer.
+serves. `cpu.json` is for the interpreter (few programs of blocks that examples cross), `smXX.json` for GPUs of
+capability XX and newer.
 `python -m minmo_kernels.tuning.tune` measures on a GPU and rewrites its table.
 """
 

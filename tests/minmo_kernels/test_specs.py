@@ -204,9 +204,11 @@ def test_counts_outside_the_input_are_refused():
 
 def test_error_words_that_do_not_fit_are_refused():
     v, weight, rows = torch.zeros(2, 3, 8), torch.zeros(8, 1, 3), torch.arange(2, dtype=torch.int32)
-    for words in (torch.zeros(1, dtype=torch.int32), torch.zeros(2)):
-        with mk.strict(words), pytest.raises(ValueError, match="needs at least 2 int32 words"):
-            mk.fsmn(v, weight, None, rows, torch.tensor([3, 3], dtype=torch.int32))
+    short = torch.zeros(1, dtype=torch.int32)
+    with mk.strict(short), pytest.raises(ValueError, match="needs at least 2 words, one a batch entry"):
+        mk.fsmn(v, weight, None, rows, torch.tensor([3, 3], dtype=torch.int32))
+    with pytest.raises(ValueError, match="int32 on the operations' device"), mk.strict(torch.zeros(2)):
+        pass
 
 
 FAULTS = {

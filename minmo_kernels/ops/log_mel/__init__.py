@@ -86,7 +86,10 @@ def log_mel(
         fits = (
             Fault.LENGTH,
             lambda _: (lengths > 0) & (lengths <= n_fft // 2),
-            lambda _: f"the whisper rule mirrors {n_fft // 2} samples at each end and needs at least {n_fft // 2 + 1}",
+            lambda _: (
+                f"the whisper rule mirrors {n_fft // 2} samples at each end and needs at least {n_fft // 2 + 1}; "
+                "lengthen the sound with silence"
+            ),
         )
     rows = checked_rows(name, rows, None if carry is None else len(carry), counts, fits)
     return OP(audio, lengths, carry, rows, filters, window, rule, hop, floor)

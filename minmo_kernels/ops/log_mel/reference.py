@@ -34,7 +34,7 @@ def reference(
 
     frames = audio.shape[1] // hop
     if frames == 0 or audio.shape[0] == 0:
-        return audio.new_zeros(audio.shape[0], 0, filters.shape[0])
+        return audio.new_zeros(audio.shape[0], frames, filters.shape[0])
     pieces = extended.unfold(1, n_fft, hop)[:, :frames]
     spectrum = torch.fft.rfft(pieces * window.to(samples.dtype))
     power = spectrum.real.square() + spectrum.imag.square()

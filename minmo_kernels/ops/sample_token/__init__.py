@@ -33,8 +33,8 @@ def sample_token(
     window) int32, recent ids of each session in any order, -1 = empty. banned (batch, n) int32: ids that this call must
     not give, -1 = none.
 
-    Greedy takes the largest logit, the lowest id among equals. Otherwise ids are ranked by softmax(logits /
-    temperature) (equals by id) and an id is a candidate while the probability of all better ones is < top_p and its
+    Greedy takes the largest logit, the lowest id among equals. Otherwise ids are ranked by logit (equals by id) and an
+    id is a candidate while the probability of all better ones under softmax(logits / temperature) is < top_p and its
     rank is < top_k; the best one always is. One candidate is drawn by its probability. Repetition-aware sampling: if
     the drawn id occurs at least `repetition_limit` times in `history`, it is masked and the token is drawn again from
     the whole softmax, unless nothing else is left. Banned ids stay banned throughout; greedy is never redrawn.

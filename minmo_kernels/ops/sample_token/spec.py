@@ -81,18 +81,18 @@ def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> tuple[in
 
 
 def _weights(logits: Tensor, temperature: float, banned: list[int]) -> dict[int, float]:
-    """exp(logit / temperature) of every id that may be drawn, up to a common factor."""
-    values = {i: x / temperature for i, x in enumerate(logits.tolist()) if i not in banned}
-    largest = max(values.values())
-    return {i: math.exp(x - largest) for i, x in values.items()}
+    """exp(logit / temperature) up to a common factor, of every id that may be drawn: by falling logit, equals by id."""
+    values = {i: x for i, x in enumerate(logits.tolist()) if i not in banned}
+    order = sorted(values, key=lambda i: (-values[i], i))
+    return {i: math.exp((values[i] - values[order[0]]) / temperature) for i in order}
 
 
 def ranked(weights: Mapping[int, float]) -> list[tuple[int, float]]:
-    """(id, probability of all better ids) by falling weight, equals by id."""
+    """(id, probability of all better ids), the best first as `weights` are."""
     out, before, total = [], 0.0, math.fsum(weights.values())
-    for i in sorted(weights, key=lambda i: (-weights[i], i)):
+    for i, weight in weights.items():
         out.append((i, before))
-        before += weights[i] / total
+        before += weight / total
     return out
 
 
