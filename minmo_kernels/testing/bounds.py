@@ -110,7 +110,7 @@ def loaded_bytes(body: Sequence[str]) -> int:
     """Bytes that one warp loads from global memory in these instructions."""
     total = 0
     for text in body:
-        if match := re.search(r"\b(LDG|LDGSTS)(\.\S+)?", text):
+        if match := re.search(r"\b(LDG|LDGSTS)\b(\.\S+)?", text):
             suffix = match[2] or ""
             total += 32 * next((size for name, size in _WIDTHS.items() if name in suffix), 4)
     return total

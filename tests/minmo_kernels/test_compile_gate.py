@@ -13,6 +13,7 @@ from minmo_kernels import launch
 from minmo_kernels.spec import load_all
 from minmo_kernels.testing import gate
 from minmo_kernels.testing.binary import compiled
+from minmo_kernels.testing.bounds import loaded_bytes
 
 pytestmark = [
     pytest.mark.skipif(launch.INTERPRETING, reason="the interpreter compiles nothing"),
@@ -36,6 +37,19 @@ def test_kernels_compile_within_their_budgets(sm, name):
         for fault in gate.faults(record, binary, sm, budget, known=known, reasons=reasons):
             faults.append(f"{record.key}: {fault}")
     assert not faults, "\n".join(faults)
+
+
+def test_bytes_are_counted_by_the_width_of_a_load():
+    lines = {
+        "LDG.E.128.CONSTANT R4, desc[UR4][R2.64]": 512,
+        "@P0 LDGSTS.E.BYPASS.128 [R75+0x800], desc[UR26][R40.64], P0": 512,
+        "LDGSTS.E.64 [R1], [R2.64]": 256,
+        "LDG.E R4, [R2.64]": 128,
+        "LDG.E.U8 R4, [R2.64]": 32,
+        "LDGDEPBAR": 0,
+        "LDS.128 R4, [R2]": 0,
+    }
+    assert {line: loaded_bytes([line]) for line in lines} == lines
 
 
 def test_a_grown_kernel_is_noticed():
@@ -69,6 +83,6 @@ def test_a_projection_that_slows_down_is_noticed():
 
     assert faults(binary, kept, rate="said", flight="said") == ""
     assert "budget" in faults(binary, {**kept, "rate": 2 * kept["rate"]}, rate="said", flight="said")
-    assert "busy" in faults(replace(binary, warps=0), kept, rate="said")
+    assert "busy" in faults(binary, kept, rate="said")  # a nano layer is too small for a GPU
     assert "no load" in faults(replace(binary, listing=()), kept, flight="said")
     assert "16 bytes" in faults(replace(binary, instructions={}), kept, rate="said", flight="said")
