@@ -24,12 +24,11 @@ class State:
 
     def reset(self, rows: Tensor) -> None:
         """Makes the named sessions new again. rows: (n,) int, -1 entries are ignored."""
-        index = rows[rows >= 0].long()
         for part in self._parts():
             if isinstance(part, State):
                 part.reset(rows)
             else:
-                part[index] = 0
+                write_rows(part, rows, part.new_zeros(()).expand(len(rows), *part.shape[1:]))
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +73,16 @@ def full_lengths(x: Tensor) -> Lengths:
     return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
 
 
+def may_look(x: Tensor) -> bool:
+    """Whether a number of x may be read here and now: always, but while a CUDA graph is captured."""
+    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+def nobody(entries: Tensor) -> bool:
+    """True where no entry has anything to do, (batch,) counts or bool; False where that must not be read."""
+    return may_look(entries) and not bool(entries.any())
+
+
 def valid(lengths: Lengths, size: int) -> Tensor:
     """(batch, size) bool: item t of entry b lies within its length."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
@@ -115,8 +124,22 @@ def read_rows(state: Tensor, rows: Tensor) -> Tensor:
 
 def write_rows(state: Tensor, rows: Tensor, value: Tensor) -> None:
     """Writes value (batch, ...) into state (sessions, ...) in place; padding entries write nothing."""
+    if rows.is_cpu:
+        keep = rows >= 0
+        state[rows[keep].long()] = value[keep].to(state.dtype)
+    elif len(rows):
+        write_rows_unseen(state, rows, value)
+
+
+def write_rows_unseen(state: Tensor, rows: Tensor, value: Tensor) -> None:
+    """`write_rows` without a look at `rows`, for a GPU's queue: padding entries write again what the first active one
+    writes, or what row 0 holds already."""
     keep = rows >= 0
-    state[rows[keep].long()] = value[keep].to(state.dtype)
+    first = keep.int().argmax()
+    entry = torch.where(keep, torch.arange(len(rows), device=rows.device), first)
+    row = rows[entry].clamp(min=0).long()
+    somebody = keep[first].reshape([1] * value.dim())
+    state[row] = torch.where(somebody, value[entry].to(state.dtype), state[row])
 
 
 def take(x: Tensor, start: Tensor, size: int) -> Tensor:

@@ -28,6 +28,7 @@ from minmo.state import (
     full_lengths,
     kv_cache,
     masked,
+    may_look,
 )
 
 INITIAL_STD = 0.02
@@ -173,7 +174,7 @@ class Backbone(nn.Module):
         if x.numel() == 0:
             return x, lengths, state
         ends = advanced(state.lengths, rows, lengths)
-        if (needed := int(ends.max())) > state.capacity:
+        if may_look(ends) and (needed := int(ends.max())) > state.capacity:
             raise ValueError(
                 f"the context would grow to {needed} positions, but a session holds at most {state.capacity}: "
                 "drop old turns first, or make the state with a larger capacity"

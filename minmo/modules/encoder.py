@@ -36,6 +36,7 @@ from minmo.state import (
     check_lengths,
     kv_cache,
     masked,
+    nobody,
     read_rows,
     with_left_context,
 )
@@ -251,8 +252,3 @@ def pieces(items: int, unit: int, most: int) -> Iterator[tuple[int, int]]:
     for start in range(0, last, unit * most):
         yield start, min(start + unit * most, last)
     yield last, items
-
-
-def nobody(counts: Lengths) -> bool:
-    """True where no entry has an item and that costs nothing to know: on a CPU. Elsewhere launches do nothing."""
-    return counts.device.type == "cpu" and not bool(counts.any())

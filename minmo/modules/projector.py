@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import minmo_kernels as mk
 from minmo.config import ProjectorConfig
-from minmo.modules.encoder import nobody, pieces
+from minmo.modules.encoder import pieces
 from minmo.state import (
     Buffer,
     KVCache,
@@ -28,6 +28,7 @@ from minmo.state import (
     check_lengths,
     kv_cache,
     masked,
+    nobody,
     read_rows,
     with_left_context,
 )

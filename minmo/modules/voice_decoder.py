@@ -26,6 +26,8 @@ from minmo.state import (
     buffer,
     join,
     masked,
+    may_look,
+    nobody,
     read_rows,
     take,
     valid,
@@ -286,9 +288,9 @@ class VoiceDecoder(nn.Module):
         active = rows >= 0
         turned = read_rows(state.turned, rows)
         lengths = active_lengths(x_lengths, rows)
-        if bool((active & ~read_rows(state.started, rows)).any()):
+        if may_look(rows) and bool((active & ~read_rows(state.started, rows)).any()):
             raise ValueError("the voice decoder was not started for this reply: call start(state, rows, seeds) first")
-        if bool((turned & (lengths > 0)).any()):
+        if may_look(rows) and bool((turned & (lengths > 0)).any()):
             raise ValueError("semantic vectors arrived after `final`: call start(...) to begin a new reply")
         waiting, count = read_rows(state.waiting.data, rows), read_rows(state.waiting.count, rows)
         vectors, total = join(waiting, count, pairs, lengths)
@@ -303,7 +305,7 @@ class VoiceDecoder(nn.Module):
             left = total - i * block
             tail = final & (left >= 0) & (left < block)
             works = active & ((left >= block) | tail) & ~read_rows(state.finished, rows)
-            if not bool(works.any()):
+            if nobody(works):
                 break
             piece = vectors[:, i * block : (i + 1) * block]
             working = torch.where(works, rows, -1).to(torch.int32)
@@ -348,7 +350,7 @@ class VoiceDecoder(nn.Module):
 
         rows = torch.where(speaks, rows, -1).to(torch.int32)
         for i in range(config.speech_block):
-            if not bool((rows >= 0).any()):
+            if nobody(rows >= 0):
                 break
             if i > 0:
                 one = torch.ones_like(counts)
@@ -358,7 +360,8 @@ class VoiceDecoder(nn.Module):
             write_rows(state.finished, rows, ended)
             rows = torch.where(ended, -1, rows).to(torch.int32)
             spoken = rows >= 0
-            tokens[spoken, counts[spoken].long()] = token[spoken]
+            place = counts.clamp(max=tokens.shape[1] - 1).long()[:, None]
+            tokens.scatter_(1, place, torch.where(spoken[:, None], token[:, None], tokens.gather(1, place)))
             counts += spoken.to(counts.dtype)
             write_rows(state.speech, rows, read_rows(state.speech, rows) + 1)
             write_rows(state.recent, rows, torch.cat([read_rows(state.recent, rows)[:, 1:], token[:, None]], dim=1))
@@ -431,10 +434,8 @@ class VoiceDecoder(nn.Module):
         most = torch.minimum((read_rows(state.max_ratio, rows) * text).long(), room.long())
         may_end = turned & (spoken >= read_rows(state.min_ratio, rows) * text)
 
-        reserved = [i for i in range(config.codes, config.vocab) if i != config.end_of_speech]
-        banned = torch.tensor([config.end_of_speech, *reserved], dtype=torch.int32, device=rows.device)
-        banned = banned.repeat(len(rows), 1)
-        banned[:, 0] = torch.where(may_end, -1, banned[:, 0])
+        banned = torch.arange(config.codes, config.vocab, dtype=torch.int32, device=rows.device).repeat(len(rows), 1)
+        banned[:, config.end_of_speech - config.codes] = torch.where(may_end, -1, config.end_of_speech).to(torch.int32)
         token = mk.sample_token(
             logits, rows, state.seeds, state.speech, state.temperature, state.top_k, state.top_p, state.recent, banned,
             stream=SPEECH_STREAM,

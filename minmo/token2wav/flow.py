@@ -16,7 +16,18 @@ from torch import Tensor, nn
 
 import minmo_kernels as mk
 from minmo.config import FlowConfig
-from minmo.state import Lengths, State, active_lengths, full_lengths, join, masked, read_rows, take, write_rows
+from minmo.state import (
+    Lengths,
+    State,
+    active_lengths,
+    full_lengths,
+    join,
+    masked,
+    nobody,
+    read_rows,
+    take,
+    write_rows,
+)
 from minmo.token2wav.causal import ChunkMask, Span, continued, whole
 from minmo.token2wav.conformer import EncoderState, UpsampleEncoder
 from minmo.token2wav.estimator import Estimator, EstimatorState
@@ -244,7 +255,7 @@ class Flow(nn.Module):
             size = c.chunk - (read_rows(state.done, rows) + c.lookahead) % c.chunk
             rest = torch.where(final, torch.minimum(size, total), 0)
             size = torch.where((total >= size + c.lookahead) & (rows >= 0), size, rest).to(torch.int32)
-            if not (size > 0).any():
+            if nobody(size > 0):
                 break
             active = torch.where(size > 0, rows, -1)
             condition = nn.functional.pad(read_rows(state.condition, active), [0, 0, 0, 2 * (c.chunk - c.lookahead)])

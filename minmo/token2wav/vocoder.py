@@ -27,6 +27,7 @@ from minmo.state import (
     full_lengths,
     join,
     masked,
+    nobody,
     read_rows,
     take,
     valid,
@@ -179,7 +180,7 @@ class Vocoder(nn.Module):
         batch, size = len(mel), self.holdback
         audio, samples = self._advance(mel, lengths, state, rows, torch.full_like(lengths, ENDLESS, dtype=torch.int64))
         rest, rest_samples = audio.new_zeros(batch, size * self.hop), torch.zeros_like(samples)
-        if bool(final.any()):
+        if not nobody(final):
             silence = mel.new_zeros(batch, size, mel.shape[2])
             flushed = torch.where(final, size, 0).to(torch.int32)
             rest, rest_samples = self._advance(silence, flushed, state, rows, read_rows(state.frames, rows))
@@ -212,7 +213,7 @@ class Vocoder(nn.Module):
         samples = torch.zeros_like(lengths)
         for offset in range(0, units.shape[1], unit):
             due = torch.where(ready > offset, rows, -1)
-            if not bool((due >= 0).any()):
+            if nobody(due >= 0):
                 break
             first = read_rows(state.done, due) - hold
             sound = self._unit(units[:, offset : offset + unit], state, due, frames)

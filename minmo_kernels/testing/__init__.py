@@ -1,14 +1,13 @@
 """Tools for testing operations, ours or a third party's: the tolerance rule, poisoned data, seeded tensors."""
 
+from minmo_kernels.quantise import FORMATS, group_of
 from minmo_kernels.testing.data import (
     BUCKETS,
-    FORMATS,
     beyond_lengths_nan,
     dequantised,
     dequantised_cache,
     formats_of,
     generator,
-    group_of,
     normal,
     outputs,
     padding_nan,

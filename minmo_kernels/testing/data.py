@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minmo_kernels import quantise
+from minmo_kernels.quantise import FORMATS, group_of
+
 
 def generator(case: Any) -> torch.Generator:
     """The generator of a case: seeded by its `seed`."""
@@ -52,21 +55,12 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
     return tuple(result) if isinstance(result, tuple) else (result,)
 
 
-FORMATS = ("full", "int8", "int4 g32", "int4 g64", "int4 g128")
-"""Weight formats of cases: the activations' dtype, int8 with a scale a row, int4 with a scale and a zero point a group
-of so many inputs."""
-
 BUCKETS = (
     *({"batch": batch, "weights": form} for batch in (2, 64) for form in ("full", "int8", "int4 g32")),
     {"batch": 32, "weights": "full"},
     *({"batch": batch, "weights": "full", "dtype": "float32"} for batch in (2, 8)),
 )
 """Variants of the projections' cases: buckets that have a launch configuration or a tile of their own."""
-
-
-def group_of(form: str) -> int:
-    """Inputs that share a scale in an int4 format; 1 for the others, which any width suits."""
-    return int(form.split("g")[1]) if form.startswith("int4") else 1
 
 
 def formats_of(width: int) -> list[str]:
@@ -81,15 +75,10 @@ def quantised(name: str, weight: Tensor, form: str) -> dict[str, Tensor]:
     if form == "full":
         return {name: weight}
     if form == "int8":
-        scale = weight.float().abs().amax(dim=1).clamp(min=1e-8) / 127
-        return {name: (weight.float() / scale[:, None]).round().to(torch.int8), "weight_scale": scale}
-    groups = weight.float().unflatten(1, (-1, group_of(form)))
-    low, high = groups.amin(dim=2), groups.amax(dim=2)
-    scale = ((high - low).clamp(min=1e-5) / 15).to(weight.dtype)
-    zero = (-low / scale.float()).to(weight.dtype)
-    q = (groups / scale.float()[..., None] + zero.float()[..., None]).round().clamp(0, 15).to(torch.uint8).flatten(1)
-    even, odd = q.unflatten(1, (-1, 4, 2, 4)).transpose(2, 4).unbind(3)
-    return {name: (even | odd << 4).flatten(1), "weight_scale": scale, "weight_zero": zero}
+        numbers, scale = quantise.int8(weight)
+        return {name: numbers, "weight_scale": scale}
+    numbers, scale, zero = quantise.int4(weight, group_of(form))
+    return {name: quantise.int4_words(numbers), "weight_scale": scale, "weight_zero": zero}
 
 
 def dequantised(weight: Tensor, scale: Tensor | None, zero: Tensor | None) -> Tensor:
