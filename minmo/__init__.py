@@ -19,6 +19,7 @@ from minmo.conversation import (
     transcribe,
     translate,
 )
+from minmo.fast import FastMinMo
 from minmo.model import MinMo
 from minmo.weights import CheckpointError, load, save
 
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AudioError",
     "CheckpointError",
+    "FastMinMo",
     "MinMo",
     "Reply",
     "Settings",

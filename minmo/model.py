@@ -56,6 +56,11 @@ class MinMoState(State):
     speaking: SpeakingState
 
 
+PARTS = (
+    "frontend", "encoder", "projector", "llm", "voice_decoder", "duplex", "speech_tokenizer", "flow", "vocoder",
+)  # fmt: skip
+
+
 class MinMo(nn.Module):
     """All modules of one configuration.
 
@@ -81,6 +86,24 @@ class MinMo(nn.Module):
         self.tokenizer: TextTokenizer | None = None
         self.trained = False
         self.provenance = "no weights"
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether the parts are this model's still."""
+        return bool(self.__dict__.get("_modules"))
+
+    def give_up(self) -> list[tuple[str, nn.Module]]:
+        """Hands the parts over, by name; this model raises AttributeError for them from then on."""
+        parts = list(self.named_children())
+        self._modules.clear()
+        return parts
+
+    def __getattr__(self, name: str) -> Any:
+        if name in PARTS and not self.has_parts:
+            raise AttributeError(
+                f"this model's {name} was given to a FastMinMo: use that, or make it with keep_model=True"
+            )
+        return super().__getattr__(name)
 
     @property
     def device(self) -> torch.device:

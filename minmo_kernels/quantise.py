@@ -18,10 +18,10 @@ def group_of(form: str) -> int:
     return int(form.split("g")[1]) if form.startswith("int4") else 1
 
 
-def int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (dim_out, dim_in) -> numbers int8, scale (dim_out,) fp32: weight = numbers * scale[:, None]."""
-    scale = weight.float().abs().amax(dim=1).clamp(min=1e-8) / 127
-    return (weight.float() / scale[:, None]).round().to(torch.int8), scale
+def int8(weight: Tensor, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """weight (dim_out, dim_in) -> numbers int8, scale (dim_out,): weight = numbers * scale[:, None]."""
+    scale = (weight.float().abs().amax(dim=1).clamp(min=1e-8) / 127).to(scale_dtype)
+    return (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -139,7 +139,7 @@ class Backbone(nn.Module):
         """Hidden states (..., dim) after the final norm -> (..., vocab)."""
         if self.embedding is None:
             raise ValueError("this backbone has no head (config.vocab is 0): use the hidden states")
-        return F.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
     def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
         """One shot: embeddings (batch, T, dim) -> hidden states after the final norm, same shape, zeros beyond."""

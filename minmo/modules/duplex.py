@@ -65,7 +65,7 @@ class DuplexPredictor(nn.Module):
         return self._decide(x, lengths)
 
     def initial_state(self, sessions: int) -> DuplexState:
-        like = self.down.weight.detach()
+        like = self.layer.input_norm.weight.detach()
         return DuplexState(
             layer_cache(self.config.layer, sessions, self.config.window - 1 + PIECE, like),
             torch.zeros(sessions, dtype=torch.int32, device=like.device),

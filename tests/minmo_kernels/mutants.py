@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,14 +159,15 @@ def main() -> None:
     if unknown := set(names) - {m.name for m in MUTANTS}:
         parser.error(f"no fault is called {', '.join(sorted(unknown))}; -h lists them")
     chosen = [m for m in MUTANTS if not names or m.name in names]
-    for operation in dict.fromkeys(m.operation for m in chosen):
-        if not passes(operation, None):
-            raise SystemExit(f"the tests of {operation} fail without any fault; mend that first")
-    missed = []
-    for mutant in chosen:
-        found = not passes(mutant.operation, mutant)
-        print(f"{'caught' if found else 'MISSED':7} {mutant.operation:28} {mutant.name}", flush=True)
-        missed += [] if found else [mutant.name]
+    operations, missed = list(dict.fromkeys(m.operation for m in chosen)), []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for operation, fine in zip(operations, pool.map(lambda o: passes(o, None), operations), strict=True):
+            if not fine:
+                raise SystemExit(f"the tests of {operation} fail without any fault; mend that first")
+            print(f"{'passes':7} {operation:28} without a fault", flush=True)
+        for mutant, fine in zip(chosen, pool.map(lambda m: passes(m.operation, m), chosen), strict=True):
+            print(f"{'MISSED' if fine else 'caught':7} {mutant.operation:28} {mutant.name}", flush=True)
+            missed += [mutant.name] if fine else []
     print(f"{len(chosen) - len(missed)} of {len(chosen)} faults caught")
     sys.exit(1 if missed else 0)
 
