@@ -53,7 +53,8 @@ def table(found: Iterable[Entry]) -> str:
 
 
 def plot(found: Iterable[Entry], folder: Path) -> list[Path]:
-    """A PNG an operation: a bar a case and backend, on a logarithmic axis of microseconds."""
+    """A PNG an operation: a bar a backend, a group a case, on a logarithmic axis of microseconds. A case is named by
+    what tells it from the operation's others; what all share stands in the title."""
     from matplotlib.figure import Figure
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,14 +63,26 @@ def plot(found: Iterable[Entry], folder: Path) -> list[Path]:
         by_operation.setdefault(e["operation"], []).append(e)
     written = []
     for operation, group in by_operation.items():
-        figure = Figure(figsize=(12, 1 + 0.3 * len(group)), layout="constrained")
+        words = [described({"part": e["part"], **e["case"]}).split(", ") for e in group]
+        shared = [word for word in words[0] if all(word in other for other in words)]
+        labels = [", ".join(word for word in own if word not in shared) for own in words]
+        places = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+        backends = sorted({e["backend"] for e in group})
+        figure = Figure(figsize=(12, 1.5 + 0.22 * len(places) * len(backends)), layout="constrained")
         axes = figure.subplots()
-        labels = [f"{e['part']}: {described(e['case'])} [{e['backend']}]" for e in group]
-        axes.barh(labels, [1e6 * e["seconds"] for e in group])
+        for i, backend in enumerate(backends):
+            bars = [(places[label], 1e6 * e["seconds"]) for label, e in zip(labels, group, strict=True)]
+            bars = [bar for bar, e in zip(bars, group, strict=True) if e["backend"] == backend]
+            height = 0.8 / len(backends)
+            at = [place + height * (i - (len(backends) - 1) / 2) for place, _ in bars]
+            container = axes.barh(at, [us for _, us in bars], height, label=backend)
+            axes.bar_label(container, fmt="%.0f", padding=2, fontsize=7)
+        axes.set_yticks(range(len(places)), places, fontsize=8)
         axes.set_xscale("log")
         axes.set_xlabel("µs, median")
-        axes.set_title(f"{operation} on {group[0]['device']}")
+        axes.set_title(f"{operation} on {group[0]['device']}\n{', '.join(shared)}", fontsize=9)
         axes.invert_yaxis()
+        axes.legend(fontsize=8, loc="lower right")
         written.append(folder / f"{operation}.png")
         figure.savefig(written[-1], dpi=110)
     return written
