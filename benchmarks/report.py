@@ -77,7 +77,7 @@ def plot(found: Iterable[Entry], folder: Path) -> list[Path]:
             at = [place + height * (i - (len(backends) - 1) / 2) for place, _ in bars]
             container = axes.barh(at, [us for _, us in bars], height, label=backend)
             axes.bar_label(container, fmt="%.0f", padding=2, fontsize=7)
-        axes.set_yticks(range(len(places)), places, fontsize=8)
+        axes.set_yticks(range(len(places)), list(places), fontsize=8)
         axes.set_xscale("log")
         axes.set_xlabel("µs, median")
         axes.set_title(f"{operation} on {group[0]['device']}\n{', '.join(shared)}", fontsize=9)
