@@ -22,7 +22,7 @@ bench: .venv/bench.installed
 	.venv/bin/python -m pytest benchmarks/ --benchmark-only --benchmark-json benchmarks/results/last.json
 	.venv/bin/python benchmarks/report.py benchmarks/results/last.json
 
-# On a machine with a GPU, with its own Python and packages: make gpu STAGE=test|tune|bench|sanitize RESULTS=folder
+# On a machine with a GPU, with its own Python and packages: make gpu STAGE=test|tune|bench|steps|sanitize RESULTS=folder
 gpu:
 	$(PYTHON) benchmarks/gpu.py $(STAGE) $(RESULTS)
 

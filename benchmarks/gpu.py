@@ -1,9 +1,9 @@
 """What a machine with a GPU is for, in stages of under eight minutes: one JSON a stage, flushed as it goes.
 
-    make gpu STAGE=test|tune|bench|sanitize RESULTS=folder
+    make gpu STAGE=test|tune|bench|steps|sanitize RESULTS=folder
 
-`test` and `bench` go on where they stopped when they are called again with the same folder. Files are named after the
-GPU: `<gpu>-test.json`, `<gpu>-bench.json`; `tune` rewrites the launch table of this GPU's capability.
+`test`, `bench` and `steps` go on where they stopped when they are called again with the same folder. Files are named
+after the GPU: `<gpu>-test.json`, `<gpu>-bench.json`; `tune` rewrites the launch table of this GPU's capability.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -72,6 +73,35 @@ def bench(path: Path) -> int:
     return python("-m", "pytest", "benchmarks/", "--benchmark-only", "--preset", "minmo-8b", "--results", str(path))
 
 
+def steps(path: Path) -> int:
+    """The latency of every step of the engine at minmo-8b's sizes, by context, rows and weights."""
+    from results import Results
+
+    from minmo.config import load_config
+    from minmo.fast import profile
+
+    results, deadline = Results(path), time.monotonic() + LIMIT
+    for weights in ("bf16", "int8", "int4"):
+        for name in profile.STEPS:
+            for context, rows in ((1024, (1, 2, 4, 8, 16, 32, 64)), (128, (1,)), (8192, (1,))):
+                key = f"{name} {weights} {context} {max(rows)}"
+                if key in results.kept:
+                    continue
+                if time.monotonic() > deadline:
+                    return 124
+                found = profile.profile(
+                    load_config("minmo-8b"), [name], weights=weights, contexts=[context], rows=rows, tokens=60,
+                    device=torch.device("cuda"),
+                )  # fmt: skip
+                for line in found:
+                    if isinstance(line, str):
+                        results.keep(f"{key} not measured", {"reason": line})
+                    else:
+                        results.keep(f"{key} {line.rows}", {**asdict(line), "torch": torch.__version__})
+                results.keep(key, {"done": True})
+    return 0
+
+
 def sanitize(path: Path) -> int:
     """A few examples of every kernel under compute-sanitizer's memory checker."""
     tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
@@ -90,7 +120,7 @@ def sanitize(path: Path) -> int:
     return status
 
 
-STAGES = {"test": test, "tune": tune, "bench": bench, "sanitize": sanitize}
+STAGES = {"test": test, "tune": tune, "bench": bench, "steps": steps, "sanitize": sanitize}
 
 
 def main() -> None:

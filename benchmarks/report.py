@@ -71,12 +71,13 @@ def plot(found: Iterable[Entry], folder: Path) -> list[Path]:
         figure = Figure(figsize=(12, 1.5 + 0.22 * len(places) * len(backends)), layout="constrained")
         axes = figure.subplots()
         for i, backend in enumerate(backends):
-            bars = [(places[label], 1e6 * e["seconds"]) for label, e in zip(labels, group, strict=True)]
-            bars = [bar for bar, e in zip(bars, group, strict=True) if e["backend"] == backend]
             height = 0.8 / len(backends)
-            at = [place + height * (i - (len(backends) - 1) / 2) for place, _ in bars]
-            container = axes.barh(at, [us for _, us in bars], height, label=backend)
-            axes.bar_label(container, fmt="%.0f", padding=2, fontsize=7)
+            shift = height * (i - (len(backends) - 1) / 2)
+            own = [(label, e) for label, e in zip(labels, group, strict=True) if e["backend"] == backend]
+            bars = axes.barh(
+                [places[label] + shift for label, _ in own], [1e6 * e["seconds"] for _, e in own], height, label=backend
+            )
+            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
         axes.set_yticks(range(len(places)), list(places), fontsize=8)
         axes.set_xscale("log")
         axes.set_xlabel("µs, median")

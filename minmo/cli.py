@@ -1,7 +1,8 @@
-"""The `minmo` command: talk, transcribe, translate, ask, say, info, doctor."""
+"""The `minmo` command: talk, transcribe, translate, ask, say, info, profile, doctor."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path, PurePath
@@ -16,12 +17,18 @@ from rich.table import Table
 
 import minmo
 from minmo import doctor as doctor_report
+from minmo.config import load_config
 from minmo.conversation import verbs
 from minmo.conversation.session import Piece
 from minmo.conversation.timings import RESAMPLER
+from minmo.fast import profile as measuring
+from minmo.fast.engine import MAX_POSITIONS, MAX_VOICE_POSITIONS
+from minmo.fast.linear import WEIGHTS
+from minmo.fast.profile import STEPS
+from minmo.info import engine_rows, state_rows
 from minmo.info import rows as info_rows
-from minmo.info import state_rows
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
+from minmo.weights import pick_device
 from minmo_kernels import BackendError
 from minmo_kernels.dispatch import backends_in_use
 
@@ -176,9 +183,21 @@ def say(
 
 
 @app.command()
-def info(preset: Annotated[str, typer.Argument(help="A preset, or a checkpoint directory.")] = "nano") -> None:
+def info(
+    preset: Annotated[str, typer.Argument(help="A preset, or a checkpoint directory.")] = "nano",
+    rows: Annotated[int, typer.Option(min=0, help="Also the memory of a FastMinMo's state with so many rows.")] = 0,
+    max_positions: Annotated[int, typer.Option(min=1, help="LLM context of each.")] = MAX_POSITIONS,
+    max_voice_positions: Annotated[int, typer.Option(min=1, help="Voice token LM context.")] = MAX_VOICE_POSITIONS,
+) -> None:
     """Parameters of every module beside the paper's Table 1, and the memory of a session's states."""
     name = escape(preset)
+    if rows:
+        title = f"{name}: memory of {rows} rows, {max_positions} positions, {max_voice_positions} of speech"
+        table = Table("state", "fp32: bytes", "bf16: bytes", title=title)
+        for part, wide, narrow in engine_rows(preset, rows, max_positions, max_voice_positions):
+            table.add_row(part, f"{wide:,}", f"{narrow:,}")
+        out.print(table)
+        return
     table = Table("module", "what", "parameters", "paper (quoted)", title=f"{name}: parameters")
     for module, what, count, paper in info_rows(preset):
         table.add_row(module, what, f"{count:,}", paper)
@@ -187,6 +206,73 @@ def info(preset: Annotated[str, typer.Argument(help="A preset, or a checkpoint d
     for part, what, size in state_rows(preset):
         table.add_row(part, what, f"{size:,}")
     out.print(table)
+
+
+@app.command()
+def profile(
+    preset: Annotated[str, typer.Option(help="A preset, or a checkpoint directory: its sizes.")] = "nano",
+    part: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(STEPS)}; repeat for more (all).")] = None,
+    context: Annotated[list[int] | None, typer.Option(min=1, help="Positions in the caches; repeat for more.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(min=1, help="Sessions in a step; repeat for more.")] = None,
+    weights: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(WEIGHTS)}; repeat for more.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens that are counted, after the warm-up.")] = 60,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of a CPU; 0 = PyTorch's choice.")] = 0,
+    backend: Annotated[str | None, typer.Option(help="Force one backend of the operations.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="A folder for profile.json and plots.")] = None,
+    device: Device = None,
+) -> None:
+    """Per-token latency of every step of the engine, beside what the memory's bandwidth allows."""
+    where = pick_device(device)
+    gpu = where.type == "cuda"
+    for name, given, known in (("part", part, STEPS), ("weights", weights, WEIGHTS)):
+        if unknown := set(given or ()) - set(known):
+            raise ValueError(f"--{name} must be one of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    if output is not None:
+        measuring.figures()  # now, not after everything has been measured
+    if threads:
+        torch.set_num_threads(threads)
+    lines: list[measuring.Measured] = []
+    machine = {"machine": doctor_report.machine(where), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    out.print(", ".join(f"{k} {v}" for k, v in machine.items()), highlight=False, soft_wrap=True)
+    out.print(f"{escape(preset)}: random weights, as no step's time depends on what they say", highlight=False)
+    for form in weights or (["bf16"] if gpu else ["fp32", "int8"]):
+        found = measuring.profile(
+            load_config(preset), part or list(STEPS), weights=form, device=where, tokens=tokens, backend=backend,
+            contexts=context or ([128, 512, 2048, 8192] if gpu else [128, 1024]),
+            rows=rows or ([1, 2, 4, 8, 16, 32, 64] if gpu else [1, 4]),
+        )  # fmt: skip
+        for line in found:
+            if isinstance(line, str):
+                err.print(f"not measured: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
+                continue
+            lines.append(line)
+            err.print(
+                f"{line.step} {line.weights} {line.rows} x {line.context}: {1e3 * line.p50:.2f} ms", highlight=False
+            )
+    joules = any(m.energy is not None for m in lines)
+    columns = ("step", "weights", "rows", "context", "p50 ms", "p95", "p99", "first", "floor", "%", "a second")
+    table = Table(*columns, *(["J"] if joules else []), title=f"{escape(preset)}: latency of a unit", padding=(0, 0))
+    for m in lines:
+        ms = [f"{1e3 * seconds:#.3g}" for seconds in (m.p50, m.p95, m.p99, m.first, m.floor)]
+        energy = [] if m.energy is None else [f"{m.energy:.3g}"]
+        share = f"{100 * m.floor / m.p50:.0f}"
+        table.add_row(m.step, m.weights, str(m.rows), str(m.context), *ms, share, f"{m.rate:.0f}", *energy)
+    out.print(table)
+    for name, unit in {m.step: m.unit for m in lines}.items():
+        out.print(f"{name}: a unit is {unit}", highlight=False)
+    if lines:
+        out.print(
+            f"floor: its weights and context, read once, at the {lines[0].bandwidth / 1e9:.1f} GB/s of a plain copy in "
+            f"this run; %: of that reached; first: the first call; a second: units of all rows; {tokens} units are "
+            "counted, after a warm-up",
+            highlight=False,
+        )
+    if output is not None:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "profile.json").write_text(json.dumps(measuring.as_json(lines, machine), indent=1) + "\n")
+        title = f"{preset}, {machine['machine']}, {machine['threads']} threads"
+        for path in (output / "profile.json", *measuring.plot(lines, title, output)):
+            out.print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from minmo.config import BackboneConfig, MinMoConfig, load_config
+from minmo.fast.engine import LANGUAGE
 from minmo.model import shapes
 
 
@@ -52,6 +53,26 @@ def state_rows(preset_or_dir: str | Path) -> Iterator[tuple[str, str, int]]:
     yield "voice token LM", "linear cache, per 750 positions of a reply", minute.speaking.decoder.nbytes
     yield "flow", f"{c.flow.steps} Euler steps, {c.flow.left_context} mel frames: bounded", minute.speaking.flow.nbytes
     yield "vocoder", f"{c.vocoder.streaming}: bounded", minute.speaking.vocoder.nbytes
+
+
+def engine_rows(
+    preset_or_dir: str | Path, rows: int, max_positions: int, max_voice_positions: int
+) -> Iterator[tuple[str, int, int]]:
+    """(state, bytes with fp32 activations, with bf16) of a FastMinMo with so many rows, and their sum."""
+    sizes = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = shapes(load_config(preset_or_dir))
+        for part in LANGUAGE:
+            getattr(model, part).to(dtype)
+        with torch.device("meta"):
+            state = model.initial_state(rows, max_positions, max_voice_positions)
+        speaking = state.speaking
+        parts = {
+            "hearing": state.hearing, "LLM": state.llm, "duplex": state.duplex, "voice token LM": speaking.decoder,
+            "flow": speaking.flow, "vocoder": speaking.vocoder, "all": state,
+        }  # fmt: skip
+        sizes.append({name: part.nbytes for name, part in parts.items()})
+    yield from ((name, wide, sizes[1][name]) for name, wide in sizes[0].items())
 
 
 def kernel_dims(config: MinMoConfig, capacity: int = 4096) -> dict[str, dict[str, int]]:

@@ -20,7 +20,7 @@ from minmo.modules.duplex import DuplexPredictor, DuplexState
 from minmo.modules.encoder import Encoder, EncoderState
 from minmo.modules.projector import Projector, ProjectorState
 from minmo.modules.voice_decoder import VoiceDecoder, VoiceDecoderState
-from minmo.state import Lengths, State
+from minmo.state import Lengths, State, all_rows
 from minmo.token2wav.flow import Flow, FlowState
 from minmo.token2wav.vocoder import ExactState, FastState, Vocoder
 from minmo.tokenizer.frontend import Frontend, FrontendState
@@ -56,9 +56,18 @@ class MinMoState(State):
     speaking: SpeakingState
 
 
-PARTS = (
-    "frontend", "encoder", "projector", "llm", "voice_decoder", "duplex", "speech_tokenizer", "flow", "vocoder",
-)  # fmt: skip
+class Seats:
+    """Rows of a state that a batch of sessions holds until it leaves: entry b of its calls is row rows[b]."""
+
+    def __init__(self, state: MinMoState, rows: Tensor) -> None:
+        self._state, self.rows = state, rows
+
+    @property
+    def state(self) -> MinMoState:
+        return self._state
+
+    def leave(self) -> None:
+        """Gives the rows back; the seats must not be used again."""
 
 
 class MinMo(nn.Module):
@@ -69,6 +78,8 @@ class MinMo(nn.Module):
     """
 
     speaker: Tensor
+    given: tuple[str, ...] = ()
+    """Names of parts that now belong to a FastMinMo."""
 
     def __init__(self, config: MinMoConfig) -> None:
         super().__init__()
@@ -87,19 +98,15 @@ class MinMo(nn.Module):
         self.trained = False
         self.provenance = "no weights"
 
-    @property
-    def has_parts(self) -> bool:
-        """Whether the parts are this model's still."""
-        return bool(self.__dict__.get("_modules"))
-
     def give_up(self) -> list[tuple[str, nn.Module]]:
         """Hands the parts over, by name; this model raises AttributeError for them from then on."""
         parts = list(self.named_children())
+        self.given = tuple(name for name, _ in parts)
         self._modules.clear()
         return parts
 
     def __getattr__(self, name: str) -> Any:
-        if name in PARTS and not self.has_parts:
+        if name in self.given:
             raise AttributeError(
                 f"this model's {name} was given to a FastMinMo: use that, or make it with keep_model=True"
             )
@@ -130,6 +137,18 @@ class MinMo(nn.Module):
             ),
         )
 
+    def join(self, sessions: int, max_positions: int, max_voice_positions: int) -> Seats:
+        """New, empty sessions. Raises ValueError, with the setting to change, where there is no room for them."""
+        try:
+            state = self.initial_state(sessions, max_positions, max_voice_positions)
+        except (RuntimeError, MemoryError) as error:
+            raise ValueError(
+                f"a context of {max_positions} positions and {max_voice_positions} of speech for {sessions} rows does "
+                f"not fit in memory ({str(error):.80}…); lower rows, max_positions or the longest speech "
+                "(max_voice_positions; max_text_tokens, max_speech_ratio)"
+            ) from None
+        return Seats(state, all_rows(sessions, self.device))
+
     def embed_audio(self, audio: Tensor, lengths: Lengths) -> tuple[Tensor, Lengths]:
         """One shot under the session mask: audio (batch, samples) 16 kHz -> LLM positions (batch, n, dim), 12.5 Hz."""
         mel, lengths = self.frontend(audio, lengths)
@@ -140,13 +159,13 @@ class MinMo(nn.Module):
 def shapes(config: MinMoConfig) -> MinMo:
     """A MinMo on the meta device: every name and shape, no memory. Raises ValueError for sizes that do not fit."""
     try:
-        with torch.device("meta"), _NothingDrawn():
+        with torch.device("meta"), NothingDrawn():
             return MinMo(config)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"the configuration {config.name} does not build: {error}") from None
 
 
-class _NothingDrawn(TorchFunctionMode):
+class NothingDrawn(TorchFunctionMode):
     """Leaves out initial weights: on the meta device there is nothing to draw, and PyTorch would load its compiler."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

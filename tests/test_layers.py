@@ -25,7 +25,7 @@ ROWS = [
     ["minmo.token2wav", "minmo.tokenizer"],
     ["minmo.modules"],
     ["minmo.state", "minmo.audio"],
-    ["minmo.config"],
+    ["minmo.config", "minmo.clock"],
     ["minmo_kernels"],
 ]
 # Parts that may import less than all that lies below them.

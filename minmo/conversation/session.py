@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 import minmo_kernels as mk
+from minmo.clock import now
 from minmo.config import is_real, is_whole
 from minmo.conversation import timings as T
-from minmo.conversation.timings import Timings, now
-from minmo.model import MinMo
-from minmo.state import all_rows, join_all, take, valid
+from minmo.conversation.timings import Timings
+from minmo.model import MinMo, MinMoState
+from minmo.state import all_rows, join_all, read_rows, take, valid
 from minmo.tokenizer.text import TextStream
 
 TICK = 1280
@@ -114,17 +115,12 @@ class Session:
         self.model, self.settings, self.max_positions = model, settings, max_positions
         self.tokenizer = model.tokenizer
         self.batch, self.device = batch, model.device
-        self.rows = all_rows(batch, self.device)
+        self._entries = all_rows(batch, self.device)
         self.timings = Timings()
         # A reply's voice context: sos, the query, its text, turn of speech, its speech tokens.
         voice_positions = 2 + max_positions + (1 + settings.max_speech_ratio) * settings.max_text_tokens
-        try:
-            self._state = model.initial_state(batch, max_positions, voice_positions)
-        except (RuntimeError, MemoryError) as error:
-            raise ValueError(
-                f"a context of {max_positions} positions and {voice_positions} of speech for {batch} sessions does not "
-                f"fit in memory ({str(error):.80}…); lower max_positions, max_text_tokens or max_speech_ratio"
-            ) from None
+        self._seats = model.join(batch, max_positions, voice_positions)
+        self.rows = self._seats.rows
         self._last = torch.zeros(batch, model.config.llm.dim, device=self.device, dtype=model.dtype)
         self._query: list[tuple[Tensor, Tensor, Tensor]] = []
         self._drawn = torch.zeros(batch, dtype=torch.int64, device=self.device)
@@ -140,9 +136,23 @@ class Session:
         self._banned = self._ints(control).expand(batch, -1)
 
     @property
+    def _state(self) -> MinMoState:
+        return self._seats.state
+
+    @property
     def state_bytes(self) -> int:
-        """Memory of all sessions' states."""
+        """Memory of the state that these sessions sit in."""
         return self._state.nbytes
+
+    def close(self) -> None:
+        """Gives the sessions' rows back to the model; the session has then ended."""
+        self._seats.leave()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @torch.inference_mode()
     def read(self, ids: Sequence[Sequence[int]], *, query: bool = False) -> None:
@@ -172,7 +182,7 @@ class Session:
         that became complete; NaN where an entry has fewer.
         """
         model, state = self.model, self._state.hearing
-        samples = state.frontend.waiting.count + lengths
+        samples = read_rows(state.frontend.waiting.count, self.rows) + lengths
         self._check_room(torch.where(final, -(-samples // TICK), samples // TICK))
         with self.timings.measure(T.ENCODER, self.device):
             mel, counts, _ = model.frontend.step(audio, lengths, state.frontend, self.rows, final)
@@ -219,7 +229,7 @@ class Session:
 
     def _check_room(self, more: Tensor) -> None:
         """Raises ValueError where a session's context cannot take so many more positions, (batch,)."""
-        need = int((self._state.llm.lengths + more).max())
+        need = int((read_rows(self._state.llm.lengths, self.rows) + more).max())
         if need > self.max_positions:
             raise ValueError(
                 f"the conversation would take {need} positions, but its context holds {self.max_positions}: start a "
@@ -279,7 +289,7 @@ class Session:
         self._drawn += 1
         return mk.sample_token(
             self.model.llm.logits(self._last),
-            self.rows,
+            self._entries,
             self._seeds,
             self._drawn,
             *self._sampling,
@@ -320,7 +330,7 @@ class Session:
         rows = torch.where(speaking, self.rows, -1).to(torch.int32)
         clock.skip()
         tokens, token_counts, _ = model.voice_decoder.step((hidden, embedding), counts, state.decoder, rows, text_done)
-        finished = state.decoder.finished & speaking
+        finished = read_rows(state.decoder.finished, self.rows) & speaking
         if int(token_counts.max()) > 0:
             clock.lap(T.SPEECH_BLOCK)
             clock.mark(T.TO_SPEECH)

@@ -7,9 +7,11 @@ more input is taken.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import overload
 
@@ -89,28 +91,42 @@ def full_duplex(
     the conversation; running out of it raises ValueError. An async stream gives an async iterator, whose computing is
     done off the event loop. Raises AudioError for a piece of sound that cannot be heard.
     """
-    turns = _Turns(model, settings, threshold, max_positions)
+    if not is_real(threshold) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is a probability in 0 .. 1, got {threshold!r}")
+    opened = functools.partial(_Turns, model, settings, threshold, max_positions)
     if isinstance(stream, AsyncIterable):
-        return _answers_async(turns, stream)
+        return _answers_async(opened, stream)
     if not isinstance(stream, Iterable):
         raise ValueError(f"stream must be an iterable of minmo.VoiceInput, got {type(stream).__name__}")
-    return _answers(turns, stream)
+    return _answers(opened(), stream)
 
 
 def _answers(turns: _Turns, stream: Iterable[VoiceInput]) -> Iterator[VoiceOutput]:
-    for piece in stream:
-        yield from turns.take(piece)
-    yield from turns.finish()
+    try:
+        for piece in stream:
+            yield from turns.take(piece)
+        yield from turns.finish()
+    finally:
+        turns.close()
 
 
-async def _answers_async(turns: _Turns, stream: AsyncIterable[VoiceInput]) -> AsyncIterator[VoiceOutput]:
-    async for piece in stream:
-        outputs = turns.take(piece)
-        while (output := await asyncio.to_thread(next, outputs, None)) is not None:
+_COMPUTING = ThreadPoolExecutor(1, "minmo")
+"""Off the event loop, and in one thread for all streams: an engine takes calls from one thread."""
+
+
+async def _answers_async(opened: Callable[[], _Turns], stream: AsyncIterable[VoiceInput]) -> AsyncIterator[VoiceOutput]:
+    loop = asyncio.get_running_loop()
+    turns = await loop.run_in_executor(_COMPUTING, opened)
+    try:
+        async for piece in stream:
+            outputs = turns.take(piece)
+            while (output := await loop.run_in_executor(_COMPUTING, next, outputs, None)) is not None:
+                yield output
+        outputs = turns.finish()
+        while (output := await loop.run_in_executor(_COMPUTING, next, outputs, None)) is not None:
             yield output
-    outputs = turns.finish()
-    while (output := await asyncio.to_thread(next, outputs, None)) is not None:
-        yield output
+    finally:
+        turns.close()
 
 
 class _Turns:
@@ -120,8 +136,6 @@ class _Turns:
     """
 
     def __init__(self, model: MinMo, settings: Settings, threshold: float, max_positions: int) -> None:
-        if not is_real(threshold) or not 0 <= threshold <= 1:
-            raise ValueError(f"threshold is a probability in 0 .. 1, got {threshold!r}")
         self._session = Session(model, 1, settings, max_positions)
         self._prefix, self._suffix = self._session.tokenizer.turn(CHAT)
         self._threshold = threshold
@@ -148,6 +162,10 @@ class _Turns:
         if self._heard or len(self._waiting):
             rest, self._waiting = self._waiting, self._waiting[:0]
             yield from self._answer(rest)
+
+    def close(self) -> None:
+        """The conversation has ended: its row is free."""
+        self._session.close()
 
     def _answer(self, rest: Sound = np.zeros(0, np.float32)) -> Iterator[VoiceOutput]:  # noqa: B008 (never written)
         self._hear(rest, final=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
+
+from minmo.clock import now, percentile
 
 STAGES = (
     "resampler to 16 kHz (delay, no compute)",
@@ -69,17 +69,3 @@ class Timings:
     def table(self) -> list[tuple[str, int, float, float]]:
         """(stage, number of samples, p50 ms, p95 ms) for every stage that was measured."""
         return [(s, len(v), 1e3 * percentile(v, 50), 1e3 * percentile(v, 95)) for s, v in self.samples.items() if v]
-
-
-def now(device: torch.device) -> float:
-    """Seconds on a steady clock, after a GPU has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-def percentile(values: list[float], percent: int) -> float:
-    """By linear interpolation between the two nearest samples."""
-    if len(values) == 1:
-        return values[0]
-    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]

@@ -110,9 +110,9 @@ def say(
     settings = _checked(settings, speak=True, max_text_tokens=longest)
     prefix, suffix = tokenizer.turn(instruction, typed=True)
     prompts = [prefix + ids + suffix for ids in forced]
-    session = Session(model, len(texts), settings, max(map(len, prompts)) + longest)
-    session.read(prompts)
-    replies = _collect(session, forced, on_pieces)
+    with Session(model, len(texts), settings, max(map(len, prompts)) + longest) as session:
+        session.read(prompts)
+        replies = _collect(session, forced, on_pieces)
     return replies[0] if isinstance(text, str) else replies
 
 
@@ -166,12 +166,12 @@ def _turn(
     sounds = [np.zeros(0, np.float32) if isinstance(t, str) else check_sound(t) for t in batch]
     content = max(len(ids) - (-len(s) // TICK) for ids, s in zip(typed, sounds, strict=True))
     positions = max(map(len, prefixes)) + content + max(map(len, suffixes)) + settings.max_text_tokens
-    session = Session(model, len(batch), settings, positions)
-    session.read(prefixes)
-    session.read(typed, query=True)
-    _listen(session, sounds, realtime)
-    session.read(suffixes)
-    replies = _collect(session, None, on_pieces)
+    with Session(model, len(batch), settings, positions) as session:
+        session.read(prefixes)
+        session.read(typed, query=True)
+        _listen(session, sounds, realtime)
+        session.read(suffixes)
+        replies = _collect(session, None, on_pieces)
     return replies[0] if single else replies
 
 

@@ -25,7 +25,7 @@ INT4_OUTPUTS = 16
 """PyTorch's int4 product takes multiples of so many outputs."""
 MOST_INT8_ROWS = 8
 """Rows up to which a CPU's int8 product, which costs the same again for every row, beats one with numbers that are
-turned to bf16 first (one core, AVX-512: equal at 12)."""
+turned to bf16 first (one core, AVX-512: the two meet between 8 and 16)."""
 SMALLEST_REORDERED = 1 << 18
 """Weights from which oneDNN's reordered product beats PyTorch's plain one, whose call costs less."""
 MOST_KERNEL_ROWS = 64

@@ -78,9 +78,9 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """x (batch, T, dim), zeros beyond `lengths` (batch,) -> (batch, T, dim), zeros there too.
 
-        cache: the session's keys and values, written in place; None in one shot. starts, ends (sessions,)
-        int32: positions in each cache before and after this call. window > 0: a position sees the last `window`
-        positions, its own included. ring: position p lies in slot p % capacity (needs a window).
+        rows: -1 where a length is 0. cache: the session's keys and values, written in place; None in one shot. starts,
+        ends (sessions,) int32: positions in each cache before and after this call. window > 0: a position sees the last
+        `window` positions, its own included. ring: position p lies in slot p % capacity (needs a window).
         """
         config = self.config
         qkv = self.qkv(self.input_norm(x))
@@ -92,8 +92,12 @@ class DecoderLayer(nn.Module):
         )  # fmt: skip
         seen = mk.streaming_attention(q, cache.k, cache.v, rows, ends, lengths, window=window, ring=ring)
         x = x + self.o(seen.flatten(2))
-        gate, up = self.gate_up(self.post_norm(x)).unflatten(-1, (config.ffn, 2)).unbind(-1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.feed_forward(self.post_norm(x))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """SwiGLU: x (..., dim) -> (..., dim)."""
+        gate, up = self.gate_up(x).unflatten(-1, (self.config.ffn, 2)).unbind(-1)
+        return self.down(F.silu(gate) * up)
 
 
 def layer_cache(config: BackboneConfig, sessions: int, capacity: int, like: Tensor) -> KVCache:
@@ -181,6 +185,7 @@ class Backbone(nn.Module):
             )
         size = x.shape[1]
         x = masked(x[:, : state.capacity], lengths)  # what fits: padding alone may be longer than a cache
+        rows = torch.where(lengths > 0, rows, -1).to(torch.int32)
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer(x, lengths, cache, rows, state.lengths, ends)
         state.lengths.copy_(ends)

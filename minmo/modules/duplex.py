@@ -86,9 +86,10 @@ class DuplexPredictor(nn.Module):
         pieces = []
         for offset, piece in enumerate(self.down(masked(hidden, lengths)).split(PIECE, dim=1)):
             counts = (lengths - offset * PIECE).clamp(min=0, max=piece.shape[1])
-            ends = advanced(state.lengths, rows, counts)
+            some = torch.where(counts > 0, rows, -1).to(torch.int32)
+            ends = advanced(state.lengths, some, counts)
             pieces.append(
-                self.layer(piece, counts, state.cache, rows, state.lengths, ends, window=self.config.window, ring=True)
+                self.layer(piece, counts, state.cache, some, state.lengths, ends, window=self.config.window, ring=True)
             )
             state.lengths.copy_(ends)
         return self._decide(torch.cat(pieces, dim=1), lengths), lengths, state

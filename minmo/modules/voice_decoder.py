@@ -1,8 +1,9 @@
 """The voice decoder: output projector and voice token LM, from the LLM's states to speech tokens (25 Hz).
 
 Every sequence that the LM sees, in training, in generation and under a teacher, is written by one operation,
-`minmo_kernels.mix_semantic_speech`: blocks of 5 semantic vectors and 15 speech tokens, then the rest of the text, turn
-of speech, and speech to its end. Sources: arXiv 2501.06282, section 3.2; ids, targets and sampling as in CosyVoice 2's
+`minmo_kernels.mix_semantic_speech` (within a block of speech, where a drawn token's own embedding follows it, by the
+embedding alone): blocks of 5 semantic vectors and 15 speech tokens, then the rest of the text, turn of speech, and
+speech to its end. Sources: arXiv 2501.06282, section 3.2; ids, targets and sampling as in CosyVoice 2's
 LM (arXiv 2412.10117).
 """
 
@@ -77,6 +78,34 @@ class VoiceDecoderState(State):
 
 
 @dataclass
+class _Voice:
+    """The settings of each entry during a round, (batch,) like `VoiceDecoderState`'s, and the bounds of its speech."""
+
+    head: nn.Module
+    seeds: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    turned: Tensor
+    least: Tensor
+    most: Tensor
+    no_speech: Tensor
+    """(ids,) int32: ids that are no speech tokens."""
+    end_of_speech: int
+
+    def choose(self, hidden: Tensor, talks: Tensor, spoken: Tensor, recent: Tensor) -> Tensor:
+        """The next speech token, or end of speech, of each entry that talks (batch,) bool -> (batch,) int32."""
+        may_end = self.turned & (spoken >= self.least)
+        allowed = may_end[:, None] & (self.no_speech == self.end_of_speech)
+        entries = torch.where(talks, all_rows(len(talks), talks.device), -1).to(torch.int32)
+        token = mk.sample_token(
+            self.head(hidden), entries, self.seeds, spoken, self.temperature, self.top_k, self.top_p, recent,
+            torch.where(allowed, -1, self.no_speech).to(torch.int32), stream=SPEECH_STREAM,
+        )  # fmt: skip
+        return torch.where(self.turned & (spoken >= self.most) & talks, self.end_of_speech, token)
+
+
+@dataclass
 class _Teacher:
     """Speech tokens to choose instead of drawn ones, and what the LM made of each slot on the way."""
 
@@ -86,10 +115,9 @@ class _Teacher:
     seen: list[tuple[Tensor, Lengths, Tensor]] = field(default_factory=list)
     """(first slot, slots, hidden states) of each call of the LM, entries in the order of the sessions."""
 
-    def choose(self, rows: Tensor, state: VoiceDecoderState) -> Tensor:
-        index = read_rows(state.speech, rows)
-        token = take(F.pad(self.speech, (0, 1)), index, 1)[:, 0]
-        return torch.where(index < self.lengths, token, self.end_of_speech).to(torch.int32)
+    def choose(self, hidden: Tensor, talks: Tensor, spoken: Tensor, recent: Tensor) -> Tensor:
+        token = take(F.pad(self.speech, (0, 1)), spoken, 1)[:, 0]
+        return torch.where(spoken < self.lengths, token, self.end_of_speech).to(torch.int32)
 
 
 class VoiceDecoder(nn.Module):
@@ -348,23 +376,29 @@ class VoiceDecoder(nn.Module):
         hidden = self._feed(vectors, query + told, feed, rows, state, config.semantic_block + 1, teacher)
         last = take(hidden, (feed - 1).clamp(min=0), 1)
 
-        rows = torch.where(speaks, rows, -1).to(torch.int32)
+        chooser = self._voice(state, rows, turned, told + given, query) if teacher is None else teacher
+        spoken, recent = read_rows(state.speech, rows), read_rows(state.recent, rows)
+        finished, talks = read_rows(state.finished, rows), speaks & (rows >= 0)
+        entries = rows
         for i in range(config.speech_block):
-            if nobody(rows >= 0):
+            if nobody(talks):
                 break
-            if i > 0:
-                one = torch.ones_like(counts)
-                last = self._feed(vectors[:, :0], torch.zeros_like(counts), one, rows, state, 1, teacher)
-            token = self._draw(self.head(last[:, 0]), rows, state) if teacher is None else teacher.choose(rows, state)
+            if i > 0:  # within a block a token's own embedding follows it
+                inputs = self.speech_embedding(recent[:, -1:].clamp(min=0).long())
+                rows = torch.where(talks, rows, -1).to(torch.int32)
+                last = self._append(inputs, talks.to(torch.int32), state, rows, teacher)
+            token = chooser.choose(last[:, 0], talks, spoken, recent)
             ended = token == config.end_of_speech
-            write_rows(state.finished, rows, ended)
-            rows = torch.where(ended, -1, rows).to(torch.int32)
-            spoken = rows >= 0
+            finished = finished | (talks & ended)
+            talks = talks & ~ended
             place = counts.clamp(max=tokens.shape[1] - 1).long()[:, None]
-            tokens.scatter_(1, place, torch.where(spoken[:, None], token[:, None], tokens.gather(1, place)))
-            counts += spoken.to(counts.dtype)
-            write_rows(state.speech, rows, read_rows(state.speech, rows) + 1)
-            write_rows(state.recent, rows, torch.cat([read_rows(state.recent, rows)[:, 1:], token[:, None]], dim=1))
+            tokens.scatter_(1, place, torch.where(talks[:, None], token[:, None], tokens.gather(1, place)))
+            counts += talks.to(counts.dtype)
+            spoken = spoken + talks
+            recent = torch.where(talks[:, None], torch.cat([recent[:, 1:], token[:, None]], dim=1), recent)
+        write_rows(state.speech, entries, spoken)
+        write_rows(state.recent, entries, recent)
+        write_rows(state.finished, entries, finished)
 
     def _feed(
         self,
@@ -393,8 +427,15 @@ class VoiceDecoder(nn.Module):
             rows=rows,
             slots=slots,
         )
+        return self._append(inputs, lengths, state, rows, teacher)
+
+    def _append(
+        self, inputs: Tensor, lengths: Lengths, state: VoiceDecoderState, rows: Tensor, teacher: _Teacher | None
+    ) -> Tensor:
+        """Gives the LM each entry's next slots (batch, slots, dim) -> hidden states, same shape."""
+        starts = read_rows(state.lm.lengths, rows) if teacher is not None else None
         hidden, count, _ = self.lm.step(inputs, lengths, state.lm, rows)
-        if teacher is not None:
+        if teacher is not None and starts is not None:
             teacher.seen.append((starts, count, hidden))
         return hidden
 
@@ -425,22 +466,22 @@ class VoiceDecoder(nn.Module):
             turn_marker=config.turn_of_speech_marker,
         )  # fmt: skip
 
-    def _draw(self, logits: Tensor, rows: Tensor, state: VoiceDecoderState) -> Tensor:
-        """The next speech token, or end of speech, of each entry, (batch,) int32."""
+    def _voice(self, state: VoiceDecoderState, rows: Tensor, turned: Tensor, text: Tensor, query: Tensor) -> _Voice:
+        """How the entries of a round draw; text: semantic vectors given, this round's included."""
         config = self.config
-        spoken, text = read_rows(state.speech, rows), read_rows(state.text, rows)
-        turned = read_rows(state.turned, rows)
-        room = state.lm.capacity - 2 - read_rows(state.query, rows) - text
-        most = torch.minimum((read_rows(state.max_ratio, rows) * text).long(), room.long())
-        may_end = turned & (spoken >= read_rows(state.min_ratio, rows) * text)
-
-        banned = torch.arange(config.codes, config.vocab, dtype=torch.int32, device=rows.device).repeat(len(rows), 1)
-        banned[:, config.end_of_speech - config.codes] = torch.where(may_end, -1, config.end_of_speech).to(torch.int32)
-        token = mk.sample_token(
-            logits, rows, state.seeds, state.speech, state.temperature, state.top_k, state.top_p, state.recent, banned,
-            stream=SPEECH_STREAM,
-        )  # fmt: skip
-        return torch.where(turned & (spoken >= most) & (rows >= 0), config.end_of_speech, token)
+        room = state.lm.capacity - 2 - query - text
+        return _Voice(
+            self.head,
+            read_rows(state.seeds, rows),
+            read_rows(state.temperature, rows),
+            read_rows(state.top_k, rows),
+            read_rows(state.top_p, rows),
+            turned,
+            read_rows(state.min_ratio, rows) * text,
+            torch.minimum((read_rows(state.max_ratio, rows) * text).long(), room.long()),
+            torch.arange(config.codes, config.vocab, dtype=torch.int32, device=rows.device),
+            config.end_of_speech,
+        )
 
     def _paired(self, x: Vectors) -> Tensor:
         """Both halves as one tensor (batch, n, 2 llm_dim) in the weights' dtype."""

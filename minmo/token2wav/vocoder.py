@@ -72,9 +72,9 @@ class FastState(State):
 
     def reset(self, rows: Tensor) -> None:
         super().reset(rows)
-        index = rows[rows >= 0].long()
-        self.waiting.count[index] = self.lead
-        self.done[index] = -self.lead
+        lead = torch.full_like(rows, self.lead)
+        write_rows(self.waiting.count, rows, lead)
+        write_rows(self.done, rows, -lead)
 
 
 class Vocoder(nn.Module):

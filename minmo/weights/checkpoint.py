@@ -34,7 +34,7 @@ def load(
     `model.provenance` says so. device: default CUDA where there is one, else the CPU; "meta" builds shapes only.
     Raises CheckpointError (one sentence) for what does not fit, FileNotFoundError for an unknown name.
     """
-    device = _device(device)
+    device = pick_device(device)
     dtype = _dtype(dtype)
     config = load_config(preset_or_dir)
     folder = _folder(preset_or_dir)
@@ -61,7 +61,15 @@ def load(
 
 
 def save(model: MinMo, directory: str | Path) -> None:
-    """Writes `config.json`, `model.safetensors` and `tokenizer.json`; `load` gives the same tensors back."""
+    """Writes `config.json`, `model.safetensors` and `tokenizer.json`; `load` gives the same tensors back.
+
+    Raises CheckpointError for a model whose weights are packed, or were given to a FastMinMo.
+    """
+    if model.state_dict().keys() != shapes(model.config).state_dict().keys():
+        raise CheckpointError(
+            "this model does not hold its weights as they are stored (they are packed, or were given to a FastMinMo): "
+            "save the MinMo before, or make the FastMinMo with keep_model=True"
+        )
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -128,7 +136,7 @@ def _usable(path: Path, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor
     return tensor
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def pick_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from torch import nn
 
 import minmo
+from minmo.conversation.session import Session
 from minmo.fast.linear import (
     INT4_GROUP,
     MOST_INT8_ROWS,
@@ -30,8 +34,7 @@ BF16 = torch.finfo(torch.bfloat16).eps
 
 
 def linear(inputs, outputs, bias=True):
-    layer = nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
-    return layer
+    return nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
 
 
 def meant(layer, weights):
@@ -110,7 +113,7 @@ def readable():
 @pytest.mark.parametrize("weights", WEIGHTS)
 @torch.no_grad()
 def test_steps_equal_the_readable_ones(readable, weights):
-    """One shot of the readable LLM against prefill and single positions of the fast one, and the duplex predictor."""
+    """Prefill, single positions, logits and duplex decisions of both, step by step."""
     fast = minmo.FastMinMo(readable, weights=weights, keep_model=True)
     torch.manual_seed(1)
     ids = torch.randint(0, readable.config.llm.vocab, (2, 9))
@@ -146,12 +149,16 @@ def test_the_voice_decoder_gives_the_same_logits(readable):
     )
 
 
-def test_a_model_gives_its_weights_up_once():
+def test_a_model_gives_its_weights_up_once(tmp_path):
     model = minmo.load("nano", device="cpu")
     fast = minmo.FastMinMo(model)
     assert fast.weights == "fp32" and fast.tokenizer is model.tokenizer and fast.provenance == model.provenance
     with pytest.raises(AttributeError, match="given to a FastMinMo"):
         model.llm(torch.zeros(1, 1, 4))
+    for without in (model, minmo.FastMinMo(minmo.load("nano", device="cpu"), weights="int8")):
+        with pytest.raises(minmo.CheckpointError, match="packed, or were given"):
+            minmo.save(without, tmp_path)
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="already"):
         minmo.FastMinMo(fast)
     with pytest.raises(ValueError, match="given to a FastMinMo"):
@@ -164,3 +171,81 @@ def test_what_cannot_be_served_is_refused(readable):
     with pytest.raises(ValueError, match="shapes only"):
         minmo.FastMinMo(minmo.load("nano", device="meta"))
     assert readable.llm is not None
+
+
+QUIET = minmo.Settings(max_text_tokens=4, max_speech_ratio=4, seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine(readable):
+    return minmo.FastMinMo(readable, rows=3, max_positions=300, max_voice_positions=500, keep_model=True)
+
+
+def test_a_session_in_an_engine_answers_like_the_readable_model(readable, engine):
+    """Text and sound of a typed turn; a second session, in other rows and of other calls, changes nothing."""
+    expected = minmo.ask(readable, "seven", replace(QUIET, speak=True))
+    busy = Session(engine, 2, replace(QUIET, seed=9), 100)
+    busy.read([[5, 6, 7], [8]])
+    actual = minmo.ask(engine, "seven", replace(QUIET, speak=True))
+    alone = engine_alone(readable)
+    assert actual.text == expected.text
+    assert np.array_equal(actual.audio, alone.audio)
+    assert len(actual.audio) == len(expected.audio)
+    assert np.abs(actual.audio - expected.audio).max() < 1e-3 * np.abs(expected.audio).max() + 1e-6
+    busy.close()
+
+
+def engine_alone(readable):
+    fast = minmo.FastMinMo(readable, rows=3, max_positions=300, max_voice_positions=500, keep_model=True)
+    holder = Session(fast, 2, QUIET, 100)  # the same rows are free
+    reply = minmo.ask(fast, "seven", replace(QUIET, speak=True))
+    holder.close()
+    return reply
+
+
+@torch.no_grad()
+def test_rows_join_and_leave_out_of_step(engine):
+    """Whatever the other rows do, a session's states are bit for bit the same; a row that is free again is new."""
+    x = torch.randn(6, 1, 1, engine.config.llm.dim)
+
+    def run(others):
+        others_seats = engine.join(1, 50, 50)
+        seats = engine.join(1, 50, 50)
+        found = []
+        for i in range(6):
+            if others and i in (1, 2, 4):
+                step = torch.full((1, 1, engine.config.llm.dim), torch.nan if i == 4 else float(i))
+                engine.llm.step(step, torch.ones(1, dtype=torch.int32), others_seats.state.llm, others_seats.rows)
+            hidden, _, _ = engine.llm.step(x[i], torch.ones(1, dtype=torch.int32), seats.state.llm, seats.rows)
+            found.append(hidden)
+        others_seats.leave()
+        seats.leave()
+        return torch.cat(found)
+
+    assert torch.equal(run(False), run(True))
+    seats = engine.join(3, 1, 1)
+    assert not seats.state.llm.lengths.any()
+    seats.leave()
+
+
+def test_what_does_not_fit_an_engine_is_refused(engine):
+    seats = engine.join(2, 10, 10)
+    with pytest.raises(ValueError, match="2 of 3 rows are taken.*more rows"):
+        engine.join(2, 10, 10)
+    with pytest.raises(ValueError, match="max_positions 301, the FastMinMo was made with 300"):
+        engine.join(1, 301, 10)
+    with pytest.raises(ValueError, match="max_voice_positions 501"):
+        engine.join(1, 10, 501)
+    with ThreadPoolExecutor(1) as other:
+        for call in (lambda: seats.state, lambda: engine.join(1, 1, 1)):
+            with pytest.raises(RuntimeError, match="one thread"):
+                other.submit(call).result()
+    assert seats.state is not None  # and nothing was harmed
+    seats.leave()
+    with pytest.raises(ValueError, match="has left"):
+        _ = seats.state
+    engine.join(3, 10, 10)  # not held: free at once
+    engine.join(3, 10, 10).leave()
+    for name in ("rows", "max_positions", "max_voice_positions"):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            minmo.FastMinMo(minmo.load("nano"), **{name: 0})

@@ -2,8 +2,9 @@
 
 import pytest
 
+import minmo
 from minmo.config import MinMoConfig, load_config, presets
-from minmo.info import count, rows, state_rows
+from minmo.info import count, engine_rows, rows, state_rows
 from minmo.model import shapes
 
 COUNTS = {
@@ -72,3 +73,12 @@ def test_a_bad_config_is_named(change, message):
     data = {**json.loads(load_config("nano").to_json()), **change}
     with pytest.raises(ValueError, match=message):
         MinMoConfig.from_json(json.dumps(data))
+
+
+def test_an_engines_memory_is_what_it_allocates():
+    fast = minmo.FastMinMo(minmo.load("nano", "cpu"), rows=2, max_positions=64, max_voice_positions=96)
+    sizes = {name: wide for name, wide, _ in engine_rows("nano", 2, 64, 96)}
+    seats = fast.join(1, 1, 1)
+    assert sizes["all"] == seats.state.nbytes
+    assert sizes["LLM"] == seats.state.llm.nbytes
+    assert all(narrow <= wide for _, wide, narrow in engine_rows("nano", 2, 64, 96))

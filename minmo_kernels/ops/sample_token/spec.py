@@ -20,7 +20,8 @@ def draw(st: Any) -> Any:
         {
             "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
             "batch": st.integers(1, 3),
-            "vocab": st.integers(2, 40),
+            "vocab": st.integers(2, 48),
+            "ties": st.booleans(),
             "history": st.sampled_from([0, 1, 10]),
             "limit": st.integers(1, 2),
             "banned": st.integers(0, 2),
@@ -36,7 +37,9 @@ def make(case: Case) -> dict[str, Any]:
     batch, vocab = case["batch"], case["vocab"]
     sessions = batch + 1
     logits = normal(g, batch, vocab, dtype=case["dtype"], scale=2.0)
-    if vocab > 2:
+    if case.get("ties"):  # whole numbers: the last candidate's equals lie in every block
+        logits = logits.round()
+    elif vocab > 2:
         logits[:, 2] = logits[:, 0]
     rows = random_rows(g, batch, sessions, case)
     logits[rows < 0] = math.nan

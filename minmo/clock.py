@@ -1,0 +1,23 @@
+"""Time as every measurement here takes it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a steady clock, after a GPU has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """By linear interpolation between the two nearest samples."""
+    if len(values) == 1:
+        return values[0]
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
