@@ -20,6 +20,8 @@ from typing import Any
 
 SAMPLE_RATE = 16_000
 """Rate of the sound that MinMo hears, in Hz."""
+TICK = 1280
+"""Samples of it in one tick of 80 ms: 8 mel frames, 2 encoder frames, 1 LLM position."""
 
 # What a field of a config.json may hold.
 _MAY_BE_ZERO = ("vocab", "end_of_speech", "fill", "start_marker", "turn_of_speech_marker", "fast_holdback")

@@ -27,6 +27,9 @@ from minmo.tokenizer.frontend import Frontend, FrontendState
 from minmo.tokenizer.speech import SpeechTokenizer
 from minmo.tokenizer.text import TextTokenizer
 
+PREFILL = 64
+"""Positions of a prompt that the LLM reads at once."""
+
 
 @dataclass
 class HearingState(State):
@@ -80,6 +83,8 @@ class MinMo(nn.Module):
     speaker: Tensor
     given: tuple[str, ...] = ()
     """Names of parts that now belong to a FastMinMo."""
+    prefill = PREFILL
+    """Positions of a prompt that are read at once."""
 
     def __init__(self, config: MinMoConfig) -> None:
         super().__init__()

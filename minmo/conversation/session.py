@@ -16,18 +16,12 @@ from torch import Tensor
 
 import minmo_kernels as mk
 from minmo.clock import now
-from minmo.config import is_real, is_whole
+from minmo.config import TICK, is_real, is_whole
 from minmo.conversation import timings as T
 from minmo.conversation.timings import Timings
 from minmo.model import MinMo, MinMoState
 from minmo.state import all_rows, join_all, read_rows, take, valid
 from minmo.tokenizer.text import TextStream
-
-TICK = 1280
-"""Samples of 16 kHz sound in one tick of 80 ms: 8 mel frames, 2 encoder frames, 1 LLM position."""
-
-PREFILL = 64
-"""Positions of text that are read at once."""
 
 MOST_POSITIONS = 1 << 22
 
@@ -166,12 +160,13 @@ class Session:
             return
         self._check_room(lengths)
         # Pieces of one width, so that how long the others' prompts are does not change the shape of an entry's sums.
-        padded = torch.zeros(self.batch, -(-longest // PREFILL) * PREFILL, dtype=torch.int64)
+        chunk = self.model.prefill
+        padded = torch.zeros(self.batch, -(-longest // chunk) * chunk, dtype=torch.int64)
         for entry, sequence in enumerate(ids):
             padded[entry, : len(sequence)] = torch.tensor(list(sequence), dtype=torch.int64)
         with self.timings.measure(T.PREFILL, self.device):
-            for start, piece in enumerate(padded.to(self.device).split(PREFILL, dim=1)):
-                count = (lengths - start * PREFILL).clamp(min=0, max=PREFILL)
+            for start, piece in enumerate(padded.to(self.device).split(chunk, dim=1)):
+                count = (lengths - start * chunk).clamp(min=0, max=chunk)
                 self._think(self.model.llm.embed(piece), count, query)
 
     @torch.inference_mode()

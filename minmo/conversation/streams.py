@@ -18,8 +18,8 @@ from typing import overload
 import numpy as np
 import torch
 
-from minmo.config import SAMPLE_RATE, is_real
-from minmo.conversation.session import TICK, Session, Settings
+from minmo.config import SAMPLE_RATE, TICK, is_real
+from minmo.conversation.session import Session, Settings
 from minmo.conversation.verbs import Sound, check_sound
 from minmo.model import MinMo
 from minmo.modules.duplex import TURN_TAKING

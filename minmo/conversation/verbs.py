@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from minmo.audio import LOUDEST, SUFFIXES, AudioError
-from minmo.conversation.session import TICK, Piece, Session, Settings
+from minmo.config import TICK
+from minmo.conversation.session import Piece, Session, Settings
 from minmo.conversation.timings import Timings
 from minmo.model import MinMo
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, TextTokenizer, translation

@@ -10,22 +10,27 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minmo.config import is_whole
+import minmo_kernels as mk
+from minmo.clock import now
+from minmo.config import TICK, is_whole
+from minmo.fast.graphs import BUCKETS, Capture, CudaCapture, Graphed, bucket, replay
 from minmo.fast.layer import CPULayer, GPULayer, Turns
 from minmo.fast.linear import WEIGHTS, activations, packed
-from minmo.model import MinMo, MinMoState, Seats
+from minmo.model import PREFILL, MinMo, MinMoState, Seats
 from minmo.modules.backbone import Backbone, DecoderLayer
+from minmo.state import all_rows, full_lengths
 from minmo.weights import load
 
 LANGUAGE = ("encoder", "projector", "llm", "voice_decoder", "duplex")
 """Parts whose weights are packed."""
+GRAPHS = ("auto", "off")
 MAX_POSITIONS, MAX_VOICE_POSITIONS = 4096, 8192
 """Contexts of a row, by default: the LLM's and the voice token LM's."""
 
@@ -35,9 +40,11 @@ class FastMinMo(MinMo):
 
     model: taken over, so that nothing is held twice: its parts raise when they are used again. keep_model: copied
     instead. rows: sessions at once; max_positions: LLM context of each; max_voice_positions: voice token LM context of
-    a reply (query, text and speech tokens). weights: "fp32", "bf16", "int8" (a scale an output) or "int4" (a scale and
-    a zero point for 32 inputs), by default the model's own dtype. Raises ValueError for an unknown format and for a
-    state that does not fit in memory.
+    a reply (query, text and speech tokens); prefill: positions of a prompt that are read at once, for which other
+    sessions wait. weights: "fp32", "bf16", "int8" (a scale an output) or "int4" (a scale and
+    a zero point for 32 inputs), by default the model's own dtype. graphs: "auto" replays steps as CUDA graphs on a GPU,
+    "off" runs them launch by launch. Raises ValueError for an unknown format and for a state that does not fit in
+    memory.
 
     One thread at a time: while sessions sit in an engine, a call from a thread other than theirs raises.
     """
@@ -49,7 +56,9 @@ class FastMinMo(MinMo):
         rows: int = 8,
         max_positions: int = MAX_POSITIONS,
         max_voice_positions: int = MAX_VOICE_POSITIONS,
+        prefill: int = PREFILL,
         weights: str | None = None,
+        graphs: str = "auto",
         keep_model: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # the parts exist
@@ -63,11 +72,16 @@ class FastMinMo(MinMo):
             weights = "fp32" if model.dtype == torch.float32 else "bf16"
         if weights not in WEIGHTS:
             raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-        sizes = {"rows": rows, "max_positions": max_positions, "max_voice_positions": max_voice_positions}
+        if graphs not in GRAPHS:
+            raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {graphs!r}")
+        sizes = {
+            "rows": rows, "max_positions": max_positions, "max_voice_positions": max_voice_positions,
+            "prefill": prefill,
+        }  # fmt: skip
         for name, size in sizes.items():
             if not is_whole(size) or size < 1:
                 raise ValueError(f"{name} must be a whole number from 1 on, got {size!r}")
-        self.weights, self.capacity = weights, rows
+        self.weights, self.capacity, self.prefill = weights, rows, prefill
         self.max_positions, self.max_voice_positions = max_positions, max_voice_positions
         self.config, self.tokenizer = model.config, model.tokenizer
         self.trained, self.provenance = model.trained, model.provenance
@@ -79,6 +93,9 @@ class FastMinMo(MinMo):
         self._state = super().join(rows, max_positions, max_voice_positions).state
         self._seated: weakref.WeakValueDictionary[int, FastSeats] = weakref.WeakValueDictionary()
         self._thread = 0
+        self._graphed: list[Graphed] = []
+        if graphs == "auto" and self.device.type == "cuda":
+            self._replay_with(CudaCapture)
 
     @classmethod
     def from_pretrained(cls, preset_or_dir: str | Path = "nano", **settings: Any) -> FastMinMo:
@@ -89,6 +106,90 @@ class FastMinMo(MinMo):
     def dtype(self) -> torch.dtype:
         """Of the language parts' activations."""
         return activations(self.weights)
+
+    def _replay_with(self, lane: Callable[[], Capture]) -> None:
+        """Puts graphs in the place of the steady steps. What speaks has a lane of its own, to run beside the rest."""
+        hearing, speaking = self._state.hearing, self._state.speaking
+        hear, speak, rows = lane(), lane(), self.capacity
+        frames = (2 * self.config.flow.chunk, self.vocoder.holdback)
+        self._graphed = [
+            replay(self.encoder, "_piece", hearing.encoder, hear, rows),
+            replay(self.projector, "_piece", hearing.projector, hear, rows),
+            replay(self.llm, "step", self._state.llm, hear, rows, lambda x, *_: x.shape[1] in (1, self.prefill)),
+            replay(self.duplex, "step", self._state.duplex, hear, rows, lambda x, *_: x.shape[1] == 1),
+            replay(self.voice_decoder, "_round", speaking.decoder, speak, rows),
+            replay(self.flow, "_chunk", speaking.flow, speak, rows),
+            replay(self.vocoder, "_unit", speaking.vocoder, speak, rows),
+            replay(self.vocoder, "_advance", speaking.vocoder, speak, rows, lambda mel, *_: mel.shape[1] in frames),
+        ]
+
+    def warmup(self) -> dict[str, float]:
+        """Runs every step once for each bucket of rows, which compiles and captures: afterwards the first request is as
+        fast as any other. -> seconds of each, by "step, rows". Raises ValueError while sessions sit in the engine, and
+        where memory runs out.
+        """
+        took: dict[str, float] = {}
+        try:
+            for rows in sorted({bucket(b, self.capacity) for b in BUCKETS}):
+                for name, seconds in self._rehearse(rows):
+                    took[f"{name}, {rows} rows"] = seconds
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"memory ran out while {rows} rows warmed up ({str(error):.80}…): make the FastMinMo with fewer rows, "
+                "a smaller max_positions or max_voice_positions, or smaller weights"
+            ) from None
+        for step in self._graphed:
+            step.complete = True
+        return took
+
+    @torch.inference_mode()
+    def _rehearse(self, batch: int) -> Iterator[tuple[str, float]]:
+        """A turn of `batch` sessions, step by step, with how long each took."""
+        seats = self.join(batch, self.max_positions, self.max_voice_positions)
+        try:
+            state, rows, c = seats.state, seats.rows, self.config
+            more, start = torch.zeros(batch, dtype=torch.bool, device=self.device), now(self.device)
+
+            def took(name: str) -> tuple[str, float]:
+                nonlocal start
+                last, start = start, now(self.device)
+                return name, start - last
+
+            ids = torch.zeros(batch, self.prefill, dtype=torch.int64, device=self.device)
+            some = torch.full_like(rows, min(self.prefill, max(0, self.max_positions - 2)))
+            self.llm.step(self.llm.embed(ids), some, state.llm, rows)
+            yield took("prefill")
+            audio, one = torch.zeros(batch, TICK, device=self.device), torch.ones_like(rows)
+            mel, counts, _ = self.frontend.step(audio, full_lengths(audio), state.hearing.frontend, rows, more)
+            frames, counts, _ = self.encoder.step(mel.to(self.dtype), counts, state.hearing.encoder, rows, more)
+            yield took("encoder")
+            positions, counts, _ = self.projector.step(frames, counts, state.hearing.projector, rows, more)
+            hidden, _, _ = self.llm.step(positions[:, :1], counts, state.llm, rows)
+            self.duplex.step(hidden, counts, state.duplex, rows)
+            yield took("listen")
+            seeds, level = torch.zeros_like(ids[:, 0]), torch.ones(batch, device=self.device)
+            x = self.llm.embed(ids[:, :1])
+            hidden, _, _ = self.llm.step(x, one, state.llm, rows)
+            mk.sample_token(
+                self.llm.logits(hidden[:, 0]), all_rows(batch, self.device), seeds, seeds, level, one, level
+            )
+            yield took("text token")
+            speaking = state.speaking
+            self.flow.start(speaking.flow, rows, self.speaker.expand(batch, -1), seeds)
+            self.vocoder.start(speaking.vocoder, rows, seeds)
+            self.voice_decoder.start(speaking.decoder, rows, seeds)
+            hidden, x = (v.expand(-1, c.voice_decoder.semantic_block, -1) for v in (hidden, x))
+            yield took("start of a reply")
+            self.voice_decoder.step((hidden, x), full_lengths(x), speaking.decoder, rows, more)
+            yield took("speech block")
+            tokens = torch.zeros(batch, c.voice_decoder.speech_block, dtype=torch.int32, device=self.device)
+            mel, frames, _ = self.flow.step(tokens, full_lengths(tokens), speaking.flow, rows, more)
+            yield took("flow")
+            mel = mel[:, : int(frames.max())]
+            self.vocoder.step(mel, frames, speaking.vocoder, rows, more)
+            yield took("vocoder")
+        finally:
+            seats.leave()
 
     def join(self, sessions: int, max_positions: int, max_voice_positions: int) -> FastSeats:
         """New, empty sessions in free rows of this engine's state; those that sit in it go on unharmed."""

@@ -21,17 +21,14 @@ from torch import Tensor, nn
 
 import minmo_kernels as mk
 from minmo.clock import now, percentile
-from minmo.config import MinMoConfig
+from minmo.config import TICK, MinMoConfig
 from minmo.fast.engine import LANGUAGE, optimised
 from minmo.fast.linear import activations
-from minmo.model import MinMo, shapes
+from minmo.model import PREFILL, MinMo, shapes
 from minmo.modules.backbone import Backbone, BackboneState
 from minmo.state import all_rows, full_lengths
 from minmo_kernels.testing import timing
 
-SAMPLES_A_TICK = 1280
-PREFILL = 64
-"""Positions of one chunk of a prompt's prefill: what a joining session makes the others wait for."""
 WARMUP, FEWEST = 5, 10
 """Calls before those that are counted, the very first of which is reported by itself; calls that are counted at least.
 """
@@ -320,7 +317,7 @@ def _encoder(model: MinMo, rows: int, context: int) -> Callable[[], object]:
     frontend, encoder, device = model.frontend, model.encoder, model.encoder.conv1.weight.device
     dtype = encoder.conv1.weight.dtype
     heard, states = frontend.initial_state(rows, like=torch.zeros(1, device=device)), encoder.initial_state(rows)
-    audio, entries = 0.1 * torch.randn(rows, SAMPLES_A_TICK, device=device), all_rows(rows, device)
+    audio, entries = 0.1 * torch.randn(rows, TICK, device=device), all_rows(rows, device)
     counts, more = full_lengths(audio), torch.zeros(rows, dtype=torch.bool, device=device)
 
     def call() -> object:

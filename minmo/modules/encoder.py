@@ -196,7 +196,6 @@ class Encoder(nn.Module):
         unit = MELS_PER_FRAME * config.chunk
         mel, whole = state.mel.push(mel, new, rows, final, unit)
         lengths = torch.minimum(whole, total)
-        view = View(config.chunk, config.left_context // config.chunk, ring=True)
         outs, counts = [], []
         for start, stop in pieces(mel.shape[1], unit, PIECE):
             count = (lengths - start).clamp(min=0, max=stop - start)
@@ -204,15 +203,21 @@ class Encoder(nn.Module):
                 outs.append(mel.new_zeros(mel.shape[0], (stop - start) // MELS_PER_FRAME, config.dim))
                 counts.append(count)
                 continue
-            carried = with_left_context(state.mel_carry, mel[:, start:stop], count, rows)
-            x, count = self._convolve(carried, count, state.conv_carry, rows)
-            after = advanced(state.lengths, rows, count)
-            for block, cache, carry in zip(self.blocks, state.caches, state.fsmn, strict=True):
-                x = block(x, count, cache, carry, rows, state.lengths, after, view)
-            state.lengths.copy_(after)
-            outs.append(masked(self.norm(x), count))
+            x, count = self._piece(mel[:, start:stop], count, state, rows)
+            outs.append(x)
             counts.append(count)
         return torch.cat(outs, dim=1), torch.stack(counts).sum(dim=0, dtype=torch.int32), state
+
+    def _piece(self, mel: Tensor, count: Lengths, state: EncoderState, rows: Tensor) -> tuple[Tensor, Lengths]:
+        """Frames on the grid, (batch, n, n_mels) with their counts -> (batch, n / 4, dim), counts; at fixed shapes and
+        without reading the device."""
+        view = View(self.config.chunk, self.config.left_context // self.config.chunk, ring=True)
+        x, count = self._convolve(with_left_context(state.mel_carry, mel, count, rows), count, state.conv_carry, rows)
+        after = advanced(state.lengths, rows, count)
+        for block, cache, carry in zip(self.blocks, state.caches, state.fsmn, strict=True):
+            x = block(x, count, cache, carry, rows, state.lengths, after, view)
+        state.lengths.copy_(after)
+        return masked(self.norm(x), count), count
 
     def _convolve(self, mel: Tensor, lengths: Lengths, carry: Tensor | None, rows: Tensor) -> tuple[Tensor, Lengths]:
         """mel (batch, 1 + 4n, n_mels), the first from before the `lengths` new ones -> (batch, n, dim), lengths.

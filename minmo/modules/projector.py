@@ -155,14 +155,20 @@ class Projector(nn.Module):
                 outs.append(x.new_zeros(x.shape[0], (stop - start) // FRAMES_PER_POSITION, config.dim))
                 counts.append(count)
                 continue
-            y, count = self._convolve(with_left_context(state.carry, x[:, start:stop], count, rows), count)
-            after = advanced(state.lengths, rows, count)
-            for layer, cache in zip(self.layers, state.caches, strict=True):
-                y = layer(y, count, cache, rows, state.lengths, after, window=config.left_context + 1, ring=True)
-            state.lengths.copy_(after)
-            outs.append(masked(y, count))
+            y, count = self._piece(x[:, start:stop], count, state, rows)
+            outs.append(y)
             counts.append(count)
         return torch.cat(outs, dim=1), torch.stack(counts).sum(dim=0, dtype=torch.int32), state
+
+    def _piece(self, x: Tensor, count: Lengths, state: ProjectorState, rows: Tensor) -> tuple[Tensor, Lengths]:
+        """Frames on the grid, (batch, n, input_dim) with their counts -> (batch, n / 2, dim), counts; at fixed shapes
+        and without reading the device."""
+        y, count = self._convolve(with_left_context(state.carry, x, count, rows), count)
+        after = advanced(state.lengths, rows, count)
+        for layer, cache in zip(self.layers, state.caches, strict=True):
+            y = layer(y, count, cache, rows, state.lengths, after, window=self.config.left_context + 1, ring=True)
+        state.lengths.copy_(after)
+        return masked(y, count), count
 
     def _convolve(self, x: Tensor, lengths: Lengths) -> tuple[Tensor, Lengths]:
         """x (batch, 1 + 2n, input_dim), one frame before the `lengths` new ones -> (batch, n, dim), lengths."""

@@ -327,7 +327,7 @@ class VoiceDecoder(nn.Module):
         rounds = vectors.shape[1] // block + 1
         # Rounds have one shape however the vectors arrived, so that the same numbers come out bit for bit.
         vectors = F.pad(vectors, (0, 0, 0, rounds * block - vectors.shape[1]))
-        tokens = torch.zeros(len(rows), rounds * self.config.speech_block, dtype=torch.int32, device=rows.device)
+        tokens = torch.zeros(len(rows), 0, dtype=torch.int32, device=rows.device)
         counts = torch.zeros_like(total)
         for i in range(rounds):
             left = total - i * block
@@ -337,8 +337,10 @@ class VoiceDecoder(nn.Module):
                 break
             piece = vectors[:, i * block : (i + 1) * block]
             working = torch.where(works, rows, -1).to(torch.int32)
-            self._round(piece, left.clamp(0, block), tail, state, working, tokens, counts, teacher)
+            new, new_counts = self._round(piece, left.clamp(0, block), tail, state, working, teacher)
+            tokens, counts = join(tokens, counts, new, new_counts)
 
+        tokens = F.pad(tokens, (0, rounds * self.config.speech_block - tokens.shape[1]))
         rest = torch.where(final, 0, total % block)
         write_rows(state.waiting.data, rows, masked(take(vectors, total - rest, block - 1), rest))
         write_rows(state.waiting.count, rows, rest)
@@ -351,13 +353,11 @@ class VoiceDecoder(nn.Module):
         tail: Tensor,
         state: VoiceDecoderState,
         rows: Tensor,
-        tokens: Tensor,
-        counts: Lengths,
         teacher: _Teacher | None,
-    ) -> None:
+    ) -> tuple[Tensor, Lengths]:
         """Gives the LM up to 5 vectors (batch, 5, 2 llm_dim) an entry, and turn of speech where `tail` begins.
 
-        Then chooses up to 15 tokens an entry, appended to tokens (batch, n) at counts (batch,), both in place.
+        Then chooses up to 15 tokens an entry -> tokens (batch, 15) int32, 0 beyond their counts (batch,) int32.
         """
         config = self.config
         query, told = read_rows(state.query, rows), read_rows(state.text, rows)
@@ -379,7 +379,7 @@ class VoiceDecoder(nn.Module):
         chooser = self._voice(state, rows, turned, told + given, query) if teacher is None else teacher
         spoken, recent = read_rows(state.speech, rows), read_rows(state.recent, rows)
         finished, talks = read_rows(state.finished, rows), speaks & (rows >= 0)
-        entries = rows
+        entries, before, chosen = rows, spoken, []
         for i in range(config.speech_block):
             if nobody(talks):
                 break
@@ -391,14 +391,14 @@ class VoiceDecoder(nn.Module):
             ended = token == config.end_of_speech
             finished = finished | (talks & ended)
             talks = talks & ~ended
-            place = counts.clamp(max=tokens.shape[1] - 1).long()[:, None]
-            tokens.scatter_(1, place, torch.where(talks[:, None], token[:, None], tokens.gather(1, place)))
-            counts += talks.to(counts.dtype)
+            chosen.append(torch.where(talks, token, 0).to(torch.int32))
             spoken = spoken + talks
             recent = torch.where(talks[:, None], torch.cat([recent[:, 1:], token[:, None]], dim=1), recent)
         write_rows(state.speech, entries, spoken)
         write_rows(state.recent, entries, recent)
         write_rows(state.finished, entries, finished)
+        tokens = torch.stack(chosen, dim=1) if chosen else vectors.new_zeros(len(rows), 0, dtype=torch.int32)
+        return F.pad(tokens, (0, config.speech_block - tokens.shape[1])), (spoken - before).to(torch.int32)
 
     def _feed(
         self,

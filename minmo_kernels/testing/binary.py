@@ -6,6 +6,7 @@ Triton brings NVIDIA's assembler and disassembler along, so all of this runs on 
 
 from __future__ import annotations
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -84,6 +85,22 @@ def compiled(launch: Launch, sm: int) -> Binary:
     """The binary of a recorded launch for compute capability `sm` (80 = 8.0). Cached by Triton on disk."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    target, options = GPUTarget("cuda", sm, 32), dict(launch.options)
+    kernel = triton.compile(_source(launch), target=target, options=options)
+    return read(kernel.asm["cubin"], kernel.metadata.shared, kernel.metadata.num_warps)
+
+
+def fingerprint(launch: Launch, sm: int) -> str:
+    """Changes with everything that decides what a launch compiles to: source, dtypes, constants, options, compiler."""
+    import triton
+
+    whole = f"{_source(launch).hash()} {sorted(launch.options.items())} {sm} {triton.__version__}"
+    return hashlib.sha256(whole.encode()).hexdigest()
+
+
+def _source(launch: Launch) -> Any:
+    """The launch as Triton's compiler takes it."""
     from triton.compiler import ASTSource
 
     names = launch.kernel.arg_names
@@ -98,9 +115,7 @@ def compiled(launch: Launch, sm: int) -> Binary:
             attributes[(i,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    kernel = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=dict(launch.options))
-    return read(kernel.asm["cubin"], kernel.metadata.shared, kernel.metadata.num_warps)
+    return ASTSource(launch.kernel, signature, constants, attributes)
 
 
 def read(cubin: bytes, shared: int, warps: int) -> Binary:

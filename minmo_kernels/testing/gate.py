@@ -1,10 +1,13 @@
 """What the shipped kernels compile to: every launch of a model's cases, and the budgets that hold their resources.
 
 A budget file is keyed by Triton's minor version, then by GPU and kernel, because registers differ between compilers.
+A budget also tells for which source and which rules it was found to hold ("proved"): what has not changed since need
+not be compiled again to know.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from minmo_kernels import dispatch
 from minmo_kernels.launch import Launch, launches
 from minmo_kernels.spec import Case, OpSpec, load_all
-from minmo_kernels.testing.binary import Binary
+from minmo_kernels.testing.binary import Binary, fingerprint
 from minmo_kernels.testing.bounds import CHIPS, Bounds, Chip, bounds, resident_blocks
 
 SIZES = ("DIM", "DIM_OUT", "HEADS", "KV_HEADS", "HIDDEN", "EMBEDDING", "VOCAB")
@@ -36,16 +39,16 @@ REGISTER_SLACK = 8
 def shipped(
     parts: Mapping[str, Mapping[str, int]], sm: int, operation: str | None = None
 ) -> Iterator[tuple[str, str, Case, Launch]]:
-    """(operation, part, case, launch) for each configuration that a model of these sizes launches on `sm`: binaries
-    that differ only in widths (SIZES) are represented by the first. operation: this one alone.
+    """(operation, part, case, launch) for each configuration that a model of these sizes launches on `sm`: of an
+    operation's binaries that differ only in widths (SIZES) the first. operation: this one alone.
 
     Cases come as they are; the first of each operation also in every other dtype that its spec declares, and in the
     spec's variants.
     """
-    seen = set()
     for name, spec in load_all().items():
         if operation not in (None, name):
             continue
+        seen = set()
         for index, (part, case) in enumerate(spec.cases_of(parts)):
             changes: list[Mapping[str, Any]] = [{}]
             if index == 0:
@@ -75,9 +78,9 @@ def _launches(spec: OpSpec, case: Case, sm: int) -> list[Launch]:
         return []
 
 
-def measured(record: Launch, binary: Binary) -> dict[str, float]:
+def measured(record: Launch, binary: Binary) -> dict[str, Any]:
     """What a budget holds of a launch's binary; `rate`: see `bounds`, of kernels that live on memory bandwidth."""
-    budget: dict[str, float] = {"registers": binary.registers, "shared": binary.shared}
+    budget: dict[str, Any] = {"registers": binary.registers, "shared": binary.shared}
     if streams(record):
         budget["rate"] = round(limits(record, binary).rate, 1)
     if binary.stack:
@@ -112,7 +115,7 @@ def streams(record: Launch) -> bool:
 
 
 def faults(
-    record: Launch, binary: Binary, sm: int, budget: Mapping[str, float] | None, known: bool, reasons: Mapping[str, str]
+    record: Launch, binary: Binary, sm: int, budget: Mapping[str, Any] | None, known: bool, reasons: Mapping[str, str]
 ) -> Iterator[str]:
     """What the gate does not let pass of a launch's binary. budget: its own, None = none is written; known: whether
     this version of Triton has budgets at all (one that has none only reports). reasons: why a kernel may keep registers
@@ -163,9 +166,15 @@ def in_flight(record: Launch, binary: Binary, chip: Chip) -> float:
     return blocks * binary.warps * limits(record, binary).loaded
 
 
-def read_budgets(path: Path) -> dict[str, dict[str, float]]:
+def proof(record: Launch, sm: int) -> str:
+    """Of a launch that has no faults: changes with its source, its compiler, and the rules of this gate."""
+    rules = "".join(Path(__file__).with_name(name).read_text() for name in ("gate.py", "binary.py", "bounds.py"))
+    return hashlib.sha256(f"{fingerprint(record, sm)} {rules}".encode()).hexdigest()[:16]
+
+
+def read_budgets(path: Path) -> dict[str, dict[str, Any]]:
     """This Triton version's budgets by "sm key"; empty for a version that has none."""
-    budgets: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text())
+    budgets: dict[str, dict[str, dict[str, Any]]] = json.loads(path.read_text())
     return budgets.get(triton_version(), {})
 
 
@@ -180,7 +189,7 @@ def reasons_for(path: Path, record: Launch) -> dict[str, str]:
     return found
 
 
-def write_budgets(path: Path, budgets: Mapping[str, Mapping[str, float]], complete: Iterable[int]) -> None:
+def write_budgets(path: Path, budgets: Mapping[str, Mapping[str, Any]], complete: Iterable[int]) -> None:
     """Puts budgets in the place of this Triton version's. complete: GPUs whose other budgets are of kernels that no
     longer exist; the rest stays."""
     stored = json.loads(path.read_text()) if path.is_file() else {}
