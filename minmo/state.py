@@ -138,8 +138,8 @@ def write_rows_unseen(state: Tensor, rows: Tensor, value: Tensor) -> None:
     first = keep.int().argmax()
     entry = torch.where(keep, torch.arange(len(rows), device=rows.device), first)
     row = rows[entry].clamp(min=0).long()
-    somebody = keep[first].reshape([1] * value.dim())
-    state[row] = torch.where(somebody, value[entry].to(state.dtype), state[row])
+    # A tensor alone as an index of a vector, `keep[first]`, would be read on the host.
+    state[row] = torch.where(keep.any(), value[entry].to(state.dtype), state[row])
 
 
 def take(x: Tensor, start: Tensor, size: int) -> Tensor:

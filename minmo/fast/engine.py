@@ -111,7 +111,7 @@ class FastMinMo(MinMo):
         """Puts graphs in the place of the steady steps. What speaks has a lane of its own, to run beside the rest."""
         hearing, speaking = self._state.hearing, self._state.speaking
         hear, speak, rows = lane(), lane(), self.capacity
-        frames = (2 * self.config.flow.chunk, self.vocoder.holdback)
+        frames = self._mel_frames
         self._graphed = [
             replay(self.encoder, "_piece", hearing.encoder, hear, rows),
             replay(self.projector, "_piece", hearing.projector, hear, rows),
@@ -122,6 +122,12 @@ class FastMinMo(MinMo):
             replay(self.vocoder, "_unit", speaking.vocoder, speak, rows),
             replay(self.vocoder, "_advance", speaking.vocoder, speak, rows, lambda mel, *_: mel.shape[1] in frames),
         ]
+
+    @property
+    def _mel_frames(self) -> tuple[int, ...]:
+        """Mel frames that the vocoder takes at once: the first chunk's, the others', and a last pass of its own."""
+        c = self.config.flow
+        return 2 * (c.chunk - c.lookahead), 2 * c.chunk, self.vocoder.holdback
 
     def warmup(self) -> dict[str, float]:
         """Runs every step once for each bucket of rows, which compiles and captures: afterwards the first request is as
@@ -183,10 +189,11 @@ class FastMinMo(MinMo):
             self.voice_decoder.step((hidden, x), full_lengths(x), speaking.decoder, rows, more)
             yield took("speech block")
             tokens = torch.zeros(batch, c.voice_decoder.speech_block, dtype=torch.int32, device=self.device)
-            mel, frames, _ = self.flow.step(tokens, full_lengths(tokens), speaking.flow, rows, more)
+            mel, _, _ = self.flow.step(tokens, full_lengths(tokens), speaking.flow, rows, more)
             yield took("flow")
-            mel = mel[:, : int(frames.max())]
-            self.vocoder.step(mel, frames, speaking.vocoder, rows, more)
+            first, other, _ = self._mel_frames
+            for piece in (mel[:, :first], mel[:, :other]):
+                self.vocoder.step(piece, full_lengths(piece), speaking.vocoder, rows, ~more)
             yield took("vocoder")
         finally:
             seats.leave()

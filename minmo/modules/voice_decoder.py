@@ -413,12 +413,12 @@ class VoiceDecoder(nn.Module):
         """Gives the LM each entry's next `lengths` (batch,) of at most `slots` slots -> hidden (batch, slots, dim)."""
         spoken, text = read_rows(state.speech, rows), read_rows(state.text, rows)
         starts = read_rows(state.lm.lengths, rows)
-        half = vectors.shape[2] // 2
+        hidden, embedding = (half.contiguous() for half in vectors.chunk(2, dim=2))
         inputs, _ = self._mix(
-            (vectors[..., :half], vectors[..., half:]),
+            (hidden, embedding),
             read_rows(state.query, rows),
             torch.where(read_rows(state.turned, rows), text, UNKNOWN_LENGTH).to(torch.int32),
-            read_rows(state.recent, rows)[:, -1:],
+            read_rows(state.recent, rows)[:, -1:].contiguous(),
             spoken.to(torch.int32),
             starts=starts,
             vector_starts=vector_starts,

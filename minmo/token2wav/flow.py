@@ -158,7 +158,7 @@ class Flow(nn.Module):
         noise, mu, condition (batch, frames, n_mels), speaker (batch, n_mels) projected. span: of the mel frames.
         """
         steps, guidance = self.config.steps, self.config.guidance
-        times = (1 - torch.cos(torch.linspace(0, 1, steps + 1) * (0.5 * math.pi))).tolist()
+        times = [1 - math.cos(0.5 * math.pi * step / steps) for step in range(steps + 1)]
         dtype = mu.dtype
         x = masked(noise.to(torch.promote_types(dtype, torch.float32)), span.lengths)
         span = span.doubled()
