@@ -20,7 +20,7 @@ from minmo.config import TICK, is_real, is_whole
 from minmo.conversation import timings as T
 from minmo.conversation.timings import Timings
 from minmo.model import MinMo, MinMoState
-from minmo.state import all_rows, join_all, read_rows, take, valid
+from minmo.state import all_rows, join_all, read_rows, take, valid, write_rows
 from minmo.tokenizer.text import TextStream
 
 MOST_POSITIONS = 1 << 22
@@ -83,18 +83,22 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What one round of answering gave one entry: new text, new sound (24 kHz, float32), and whether it is complete."""
+    """What one round of answering gave one entry: new text, new sound (24 kHz, float32), and whether it is complete.
+
+    fault: why the entry ended before its time, where it did; its session has been made new again.
+    """
 
     text: str
     audio: np.ndarray
     done: bool
+    fault: str = ""
 
 
 class Session:
     """`batch` sessions in step with one another's calls, each in its own row.
 
     max_positions: LLM context of a session (prompt + 12.5 positions a second of sound + reply text). A `read` or `hear`
-    that would exceed it raises ValueError before anything is changed.
+    that would exceed it raises ValueError before anything is changed; `open_turn` makes room.
     """
 
     def __init__(self, model: MinMo, batch: int, settings: Settings, max_positions: int) -> None:
@@ -117,6 +121,8 @@ class Session:
         self.rows = self._seats.rows
         self._last = torch.zeros(batch, model.config.llm.dim, device=self.device, dtype=model.dtype)
         self._query: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._turns: list[list[tuple[Tensor, Tensor]]] = [[]]
+        """What the LLM was given: embeddings (batch, n, dim) and lengths; first before all turns, then turn by turn."""
         self._drawn = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._replies = 0
         self._seeds = torch.tensor(settings.seeds(batch), dtype=torch.int64, device=self.device)
@@ -148,26 +154,60 @@ class Session:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @torch.inference_mode()
     def read(self, ids: Sequence[Sequence[int]], *, query: bool = False) -> None:
         """Prefills text, one list of token ids an entry (lists may differ in length, or be empty).
 
         query: these are the user's own words (a typed turn), which the voice decoder gets as query embeddings.
         """
-        lengths = self._ints([len(i) for i in ids])
-        longest = max(map(len, ids))
-        if longest == 0:
-            return
+        for _ in self.reading(ids, query=query):
+            pass
+
+    @torch.inference_mode()
+    def reading(self, ids: Sequence[Sequence[int]], *, query: bool = False) -> Iterator[None]:
+        """`read` in pieces of `model.prefill` positions, between which other sessions of an engine may go on."""
+        x, lengths = self._embedded(ids)
         self._check_room(lengths)
-        # Pieces of one width, so that how long the others' prompts are does not change the shape of an entry's sums.
-        chunk = self.model.prefill
-        padded = torch.zeros(self.batch, -(-longest // chunk) * chunk, dtype=torch.int64)
+        self._turns[-1].append((x, lengths))
+        for piece, count in self._pieces(x, lengths):
+            with self.timings.measure(T.PREFILL, self.device):
+                self._think(piece, count, query)
+            yield
+
+    @torch.inference_mode()
+    def open_turn(self, before: Sequence[Sequence[int]], opening: Sequence[Sequence[int]]) -> None:
+        """A turn of the user's begins; at least half of the context is free then.
+
+        For that the oldest turns are forgotten where need be, and what is left is read again; what preceded the first
+        turn stays. before: text that ends what came before, opening: text that the turn begins with, a list an entry.
+        """
+        closing, fresh = self._embedded(before), self._embedded(opening)
+        x, lengths = join_all([closing, fresh])
+        self._turns[-1].append(closing)
+        room = self.max_positions // 2
+        if int((read_rows(self._state.llm.lengths, self.rows) + closing[1]).max()) > room:
+            while len(self._turns) > 1 and int(join_all(_flat(self._turns))[1].max()) > room:
+                del self._turns[1]
+            write_rows(self._state.llm.lengths, self.rows, torch.zeros_like(self.rows))
+            x, lengths = join_all([*_flat(self._turns), fresh])
+        self._check_room(lengths)
+        self._turns.append([fresh])
+        for piece, count in self._pieces(x, lengths):
+            with self.timings.measure(T.PREFILL, self.device):
+                self._step(piece, count)
+
+    def _embedded(self, ids: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Embeddings (batch, n, dim) of a list of token ids an entry, and their lengths (batch,)."""
+        padded = torch.zeros(self.batch, max(map(len, ids)), dtype=torch.int64)
         for entry, sequence in enumerate(ids):
             padded[entry, : len(sequence)] = torch.tensor(list(sequence), dtype=torch.int64)
-        with self.timings.measure(T.PREFILL, self.device):
-            for start, piece in enumerate(padded.to(self.device).split(chunk, dim=1)):
-                count = (lengths - start * chunk).clamp(min=0, max=chunk)
-                self._think(self.model.llm.embed(piece), count, query)
+        return self.model.llm.embed(padded.to(self.device)), self._ints([len(i) for i in ids])
+
+    def _pieces(self, x: Tensor, lengths: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pieces of one width, so that how much the others read does not change the shape of an entry's sums."""
+        size = self.model.prefill
+        x = torch.nn.functional.pad(x, [0, 0, 0, -x.shape[1] % size])
+        for start in range(0, x.shape[1], size):
+            yield x[:, start : start + size], (lengths - start).clamp(min=0, max=size)
 
     @torch.inference_mode()
     def hear(self, audio: Tensor, lengths: Tensor, final: Tensor) -> Tensor:
@@ -185,6 +225,7 @@ class Session:
         with self.timings.measure(T.PROJECTOR, self.device):
             positions, counts, _ = model.projector.step(frames, counts, state.projector, self.rows, final)
         positions = positions[:, : int(counts.max())]
+        self._turns[-1].append((positions, counts))
         with self.timings.measure(T.LISTEN, self.device):
             hidden = self._think(positions, counts, query=True)
             logits, _, _ = model.duplex.step(hidden, counts, self._state.duplex, self.rows)
@@ -209,17 +250,20 @@ class Session:
             self._start_speaking(with_query=forced is None)
         self._query.clear()
         written = 0
+        faults = [""] * self.batch
         while bool((writing | speaking).any()):
-            hidden, embedding, counts, ids = self._write(writing, written, forced, clock)
+            hidden, embedding, counts, ids = self._write(writing, written, forced, clock, faults)
             written += hidden.shape[1]
+            self._drop(faults, writing, speaking)
             deltas = [text.push(new) for text, new in zip(texts, ids, strict=True)]
             sound = [np.zeros(0, np.float32)] * self.batch
             if self.settings.speak:
-                sound, finished = self._speak(hidden, embedding, counts, ~writing, speaking, clock)
+                sound, finished = self._speak(hidden, embedding, counts, ~writing, speaking, clock, faults)
                 speaking &= ~finished
+                self._drop(faults, writing, speaking)
             done = (~writing & ~speaking).tolist()
             deltas = [d + (t.flush() if end else "") for d, t, end in zip(deltas, texts, done, strict=True)]
-            yield [Piece(*piece) for piece in zip(deltas, sound, done, strict=True)]
+            yield [Piece(*piece) for piece in zip(deltas, sound, done, faults, strict=True)]
         clock.mark(T.TOTAL)
 
     def _check_room(self, more: Tensor) -> None:
@@ -233,29 +277,52 @@ class Session:
 
     def _think(self, x: Tensor, lengths: Tensor, query: bool) -> Tensor:
         """Runs the LLM over new positions x (batch, T, dim), remembers each entry's last state -> hidden states."""
-        hidden, _, _ = self.model.llm.step(x, lengths, self._state.llm, self.rows)
+        hidden = self._step(x, lengths)
         if query:
             self._query.append((hidden, x, lengths))
+        return hidden
+
+    def _step(self, x: Tensor, lengths: Tensor) -> Tensor:
+        hidden, _, _ = self.model.llm.step(x, lengths, self._state.llm, self.rows)
         if hidden.shape[1]:
             newest = take(hidden, (lengths - 1).clamp(min=0), 1)[:, 0]
             self._last = torch.where((lengths > 0)[:, None], newest, self._last)
         return hidden
 
+    def _drop(self, faults: Sequence[str], *busy: Tensor) -> None:
+        """Ends entries with a fault, in the masks (batch,) of who is busy; their sessions are made new."""
+        for entry in [entry for entry, fault in enumerate(faults) if fault]:
+            if any(bool(mask[entry]) for mask in busy):
+                self._state.reset(self.rows[entry : entry + 1])
+                self._last[entry] = 0
+                gone = torch.arange(self.batch, device=self.device) == entry
+                self._turns = [[(x, torch.where(gone, 0, n)) for x, n in turn] for turn in self._turns]
+            for mask in busy:
+                mask[entry] = False
+
     def _write(
-        self, writing: Tensor, written: int, forced: Sequence[Sequence[int]] | None, clock: _Clock
+        self,
+        writing: Tensor,
+        written: int,
+        forced: Sequence[Sequence[int]] | None,
+        clock: _Clock,
+        faults: list[str],
     ) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
         """Draws the next block of text: states and embeddings (batch, block, dim), counts (batch,), ids an entry.
 
-        A token pairs with the state that predicted it. Entries that end leave `writing`, in place.
+        A token pairs with the state that predicted it. Entries that end leave `writing`, in place, and those whose
+        states are NaN are named in `faults`.
         """
         began = now(self.device)
         block = self.model.config.voice_decoder.semantic_block
         states, embeddings, ids = [], [], [list[int]() for _ in range(self.batch)]
-        counts = torch.zeros(self.batch, dtype=torch.int32, device=self.device)
+        counts, broken = torch.zeros_like(self._entries), torch.zeros_like(writing)
         for i in range(block):
             if written + i >= self.settings.max_text_tokens and forced is None:
                 writing[:] = False
-            token = self._next_token(written + i, forced)
+            broken |= writing & self._last.isnan().any(dim=1)
+            writing &= ~broken
+            token = self._next_token(written + i, writing, forced)
             writing &= token != self.tokenizer.end_of_turn
             token = torch.where(writing, token, 0)
             embedding = self.model.llm.embed(token.long()[:, None])
@@ -267,24 +334,27 @@ class Session:
             if not bool(writing.any()):
                 break
             clock.mark(T.TO_TEXT)
-            self._think(embedding, writing.to(torch.int32), query=False)
+            self._turns[-1].append((embedding, writing.to(torch.int32)))
+            self._think(*self._turns[-1][-1], query=False)
             if i == 0 and written == 0:
                 self.timings.add(T.FIRST_TEXT, now(self.device) - began)
+        for entry in torch.nonzero(broken)[:, 0].tolist():
+            faults[entry] = "the LLM's state became NaN: its weights or what it was given are broken"
         if int(counts.max()) == block:
             self.timings.add(T.FIVE_TEXT, now(self.device) - began)
         short = [0, 0, 0, block - len(states)]
         pad = torch.nn.functional.pad
         return pad(torch.stack(states, 1), short), pad(torch.stack(embeddings, 1), short), counts, ids
 
-    def _next_token(self, index: int, forced: Sequence[Sequence[int]] | None) -> Tensor:
-        """(batch,) token ids: the forced text's, else drawn from the last states."""
+    def _next_token(self, index: int, writing: Tensor, forced: Sequence[Sequence[int]] | None) -> Tensor:
+        """(batch,) token ids: the forced text's, else drawn from the last states of the entries that write."""
         if forced is not None:
             end = self.tokenizer.end_of_turn
             return self._ints([ids[index] if index < len(ids) else end for ids in forced])
         self._drawn += 1
         return mk.sample_token(
             self.model.llm.logits(self._last),
-            self._entries,
+            torch.where(writing, self._entries, -1).to(torch.int32),
             self._seeds,
             self._drawn,
             *self._sampling,
@@ -318,14 +388,28 @@ class Session:
         )
 
     def _speak(
-        self, hidden: Tensor, embedding: Tensor, counts: Tensor, text_done: Tensor, speaking: Tensor, clock: _Clock
+        self,
+        hidden: Tensor,
+        embedding: Tensor,
+        counts: Tensor,
+        text_done: Tensor,
+        speaking: Tensor,
+        clock: _Clock,
+        faults: list[str],
     ) -> tuple[list[np.ndarray], Tensor]:
-        """Semantic vectors -> speech tokens -> mel -> sound of each entry, and which entries have finished."""
+        """Semantic vectors -> speech tokens -> mel -> sound of each entry, and which entries have finished.
+
+        Entries whose states or sound are NaN are named in `faults`; they give no more sound.
+        """
         model, state = self.model, self._state.speaking
         rows = torch.where(speaking, self.rows, -1).to(torch.int32)
         clock.skip()
         tokens, token_counts, _ = model.voice_decoder.step((hidden, embedding), counts, state.decoder, rows, text_done)
         finished = read_rows(state.decoder.finished, self.rows) & speaking
+        failed = read_rows(state.decoder.failed, self.rows) & speaking
+        for entry in torch.nonzero(failed)[:, 0].tolist():
+            faults[entry] = "the voice decoder's state became NaN: its weights or the LLM's are broken"
+        rows = torch.where(failed, -1, rows).to(torch.int32)
         if int(token_counts.max()) > 0:
             clock.lap(T.SPEECH_BLOCK)
             clock.mark(T.TO_SPEECH)
@@ -339,12 +423,19 @@ class Session:
             clock.lap(T.VOCODER)
             clock.mark(T.TO_AUDIO)
         sound = audio.float().cpu().numpy()
-        if not np.isfinite(sound).all():
-            raise FloatingPointError("the vocoder gave NaN or infinite sound; the weights are broken")
-        return [sound[entry, :n] for entry, n in enumerate(samples.tolist())], finished
+        pieces = [sound[entry, :n] for entry, n in enumerate(samples.tolist())]
+        for entry, piece in enumerate(pieces):
+            if not np.isfinite(piece).all():
+                faults[entry] = "the vocoder gave NaN or infinite sound: the weights of flow or vocoder are broken"
+                pieces[entry] = piece[:0]
+        return pieces, finished
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int32, device=self.device)
+
+
+def _flat(turns: list[list[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
+    return [piece for turn in turns for piece in turn]
 
 
 class _Clock:

@@ -87,9 +87,10 @@ def full_duplex(
     """Listens to a stream and answers each of its turns.
 
     threshold: the predictor's turn-taking probability from which a turn counts as ended, asked every 80 ms; sound after
-    the decision belongs to the next turn. max_positions: LLM context of
-    the conversation; running out of it raises ValueError. An async stream gives an async iterator, whose computing is
-    done off the event loop. Raises AudioError for a piece of sound that cannot be heard.
+    the decision belongs to the next turn. max_positions: LLM context of the conversation: as a turn begins, the oldest
+    are forgotten where less than half of it is free; a single turn that exceeds it raises ValueError. An async stream
+    gives an async iterator, whose computing is done off the event loop. Raises AudioError for a piece of sound that
+    cannot be heard.
     """
     if not is_real(threshold) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold is a probability in 0 .. 1, got {threshold!r}")
@@ -137,7 +138,7 @@ class _Turns:
 
     def __init__(self, model: MinMo, settings: Settings, threshold: float, max_positions: int) -> None:
         self._session = Session(model, 1, settings, max_positions)
-        self._prefix, self._suffix = self._session.tokenizer.turn(CHAT)
+        self._first = True
         self._threshold = threshold
         self._waiting: Sound = np.zeros(0, np.float32)
         self._heard = False
@@ -169,18 +170,23 @@ class _Turns:
 
     def _answer(self, rest: Sound = np.zeros(0, np.float32)) -> Iterator[VoiceOutput]:  # noqa: B008 (never written)
         self._hear(rest, final=True)
-        self._session.read([self._suffix])
+        _, suffix = self._session.tokenizer.turn(CHAT)
+        self._session.read([suffix])
         for (piece,) in self._session.answer():
+            if piece.fault:
+                raise FloatingPointError(piece.fault)
             self._spent += time.perf_counter() - self._resumed
             yield VoiceOutput(piece.audio, piece.text, self._end_ms + 1e3 * self._spent, piece.done)
             self._resumed = time.perf_counter()
-        self._prefix, _ = self._session.tokenizer.turn(CHAT, first=False)
         self._heard = False
 
     def _hear(self, samples: Sound, final: bool) -> torch.Tensor:
         if not self._heard:
-            self._session.read([self._prefix])
-            self._heard = True
+            tokenizer = self._session.tokenizer
+            before = tokenizer.system if self._first else tokenizer.closing
+            prefix, _ = tokenizer.turn(CHAT, first=self._first)
+            self._session.open_turn([before], [prefix[len(before) :]])
+            self._heard, self._first = True, False
         device = self._session.device
         lengths = torch.tensor([len(samples)], dtype=torch.int32, device=device)
         audio = torch.from_numpy(samples)[None].to(device)

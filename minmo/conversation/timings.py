@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -46,11 +47,15 @@ counted from the end of the input, compute only."""
 ) = STAGES
 
 
+KEPT = 10_000
+"""Samples of a stage that are kept, the newest: a session may last for hours."""
+
+
 @dataclass
 class Timings:
     """Seconds by stage, in order of measurement."""
 
-    samples: dict[str, list[float]] = field(default_factory=lambda: {stage: [] for stage in STAGES})
+    samples: dict[str, deque[float]] = field(default_factory=lambda: {stage: deque(maxlen=KEPT) for stage in STAGES})
 
     def add(self, stage: str, seconds: float) -> None:
         self.samples[stage].append(seconds)

@@ -27,12 +27,16 @@ Input = Sound | str
 
 @dataclass(frozen=True, eq=False)
 class Reply:
-    """An answer. audio: 24 kHz float32, empty where none was asked for. timings are shared by a batch's replies."""
+    """An answer. audio: 24 kHz float32, empty where none was asked for. timings are shared by a batch's replies.
+
+    fault: why one of a batch broke off, where it did; the others are not touched by it.
+    """
 
     text: str
     audio: Sound
     timings: Timings
     sample_rate: int = 24_000
+    fault: str = ""
 
 
 MOST_TYPED = 4096
@@ -56,7 +60,7 @@ def talk(
     audio: 16 kHz mono float32 samples, or a string for a typed turn, or a sequence of either for a batch (one reply
     each, in order). It is fed in ticks of 80 ms; realtime: at the speed of speech. instruction: put before the user's
     words. on_pieces: called with text and sound as they come. Raises ValueError (AudioError for sound) for input that
-    cannot be heard.
+    cannot be heard, and FloatingPointError where a turn that is not of a batch breaks off.
     """
     return _turn(model, audio, settings, instruction, realtime, on_pieces)
 
@@ -114,7 +118,7 @@ def say(
     with Session(model, len(texts), settings, max(map(len, prompts)) + longest) as session:
         session.read(prompts)
         replies = _collect(session, forced, on_pieces)
-    return replies[0] if isinstance(text, str) else replies
+    return _alone(replies) if isinstance(text, str) else replies
 
 
 def check_sound(samples: Any) -> Sound:
@@ -173,7 +177,7 @@ def _turn(
         _listen(session, sounds, realtime)
         session.read(suffixes)
         replies = _collect(session, None, on_pieces)
-    return replies[0] if single else replies
+    return _alone(replies) if single else replies
 
 
 def _listen(session: Session, sounds: list[Sound], realtime: bool) -> None:
@@ -192,15 +196,25 @@ def _listen(session: Session, sounds: list[Sound], realtime: bool) -> None:
 
 
 def _collect(session: Session, forced: list[list[int]] | None, on_pieces: OnPieces) -> list[Reply]:
-    texts = [""] * session.batch
+    texts, faults = [""] * session.batch, [""] * session.batch
     sounds: list[list[Sound]] = [[] for _ in range(session.batch)]
     for pieces in session.answer(forced):
         on_pieces(pieces)
         for entry, piece in enumerate(pieces):
             texts[entry] += piece.text
             sounds[entry].append(piece.audio)
+            faults[entry] = piece.fault
     rate = session.model.config.vocoder.sample_rate
-    return [Reply(t, np.concatenate(s), session.timings, rate) for t, s in zip(texts, sounds, strict=True)]
+    return [
+        Reply(text, np.concatenate(sound), session.timings, rate, fault)
+        for text, sound, fault in zip(texts, sounds, faults, strict=True)
+    ]
+
+
+def _alone(replies: list[Reply]) -> Reply:
+    if replies[0].fault:
+        raise FloatingPointError(replies[0].fault)
+    return replies[0]
 
 
 def _checked(settings: Settings, **changes: Any) -> Settings:

@@ -67,7 +67,8 @@ class VoiceDecoderState(State):
     started: Tensor
     turned: Tensor
     finished: Tensor
-    """bool: a reply has been started; turn of speech was given; end of speech was reached."""
+    failed: Tensor
+    """bool: a reply has been started; turn of speech was given; end of speech was reached; NaN came up."""
     bistream: Tensor
     seeds: Tensor
     temperature: Tensor
@@ -183,6 +184,7 @@ class VoiceDecoder(nn.Module):
             started=empty(torch.bool),
             turned=empty(torch.bool),
             finished=empty(torch.bool),
+            failed=empty(torch.bool),
             bistream=empty(torch.bool),
             seeds=empty(torch.int64),
             temperature=empty(torch.float32),
@@ -378,7 +380,8 @@ class VoiceDecoder(nn.Module):
 
         chooser = self._voice(state, rows, turned, told + given, query) if teacher is None else teacher
         spoken, recent = read_rows(state.speech, rows), read_rows(state.recent, rows)
-        finished, talks = read_rows(state.finished, rows), speaks & (rows >= 0)
+        finished, failed = read_rows(state.finished, rows), read_rows(state.failed, rows)
+        talks = speaks & (rows >= 0)
         entries, before, chosen = rows, spoken, []
         for i in range(config.speech_block):
             if nobody(talks):
@@ -387,9 +390,10 @@ class VoiceDecoder(nn.Module):
                 inputs = self.speech_embedding(recent[:, -1:].clamp(min=0).long())
                 rows = torch.where(talks, rows, -1).to(torch.int32)
                 last = self._append(inputs, talks.to(torch.int32), state, rows, teacher)
-            token = chooser.choose(last[:, 0], talks, spoken, recent)
-            ended = token == config.end_of_speech
-            finished = finished | (talks & ended)
+            broken = talks & last[:, 0].isnan().any(dim=1)
+            token = chooser.choose(last[:, 0], talks & ~broken, spoken, recent)
+            ended = broken | (token == config.end_of_speech)
+            finished, failed = finished | (talks & ended), failed | broken
             talks = talks & ~ended
             chosen.append(torch.where(talks, token, 0).to(torch.int32))
             spoken = spoken + talks
@@ -397,6 +401,7 @@ class VoiceDecoder(nn.Module):
         write_rows(state.speech, entries, spoken)
         write_rows(state.recent, entries, recent)
         write_rows(state.finished, entries, finished)
+        write_rows(state.failed, entries, failed)
         tokens = torch.stack(chosen, dim=1) if chosen else vectors.new_zeros(len(rows), 0, dtype=torch.int32)
         return F.pad(tokens, (0, config.speech_block - tokens.shape[1])), (spoken - before).to(torch.int32)
 

@@ -112,12 +112,22 @@ class TextTokenizer:
         is still open in the LLM's context. typed: the content is text, which a line end parts from the instruction.
         history: closed exchanges before this turn, (user, assistant) texts.
         """
-        prefix = self._block("system", SYSTEM) if first else self._end()
+        prefix = self.system if first else self.closing
         for user, assistant in history:
             prefix += self._block("user", user) + self._block("assistant", assistant)
         parting = self._line_end if instruction and typed else []
         prefix += [*self._header("user"), *self.encode(instruction), *parting]
         return prefix, [*self._end(), *self._header("assistant")]
+
+    @property
+    def system(self) -> list[int]:
+        """What every conversation begins with: the prefix of its first turn starts so."""
+        return self._block("system", SYSTEM)
+
+    @property
+    def closing(self) -> list[int]:
+        """What ends the assistant's turn: the prefix of the next one starts so."""
+        return self._end()
 
     def _header(self, role: str) -> list[int]:
         return [self.start_of_turn, *self.encode(role), *self._line_end]

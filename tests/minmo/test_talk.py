@@ -10,6 +10,7 @@ import torch
 
 import minmo
 from minmo.conversation import timings as T
+from minmo.conversation.session import Session
 
 SHORT = minmo.Settings(max_text_tokens=6, max_speech_ratio=3)
 
@@ -191,3 +192,58 @@ def test_a_context_that_is_too_short_says_so(model, question):
 def test_sixteen_bit_weights_talk_too(question):
     reply = minmo.talk(minmo.load("nano", dtype=torch.bfloat16), question, SHORT)
     assert np.isfinite(reply.audio).all() and len(reply.audio) > 0
+
+
+def poisoned(session, entry, part):
+    """Makes what an entry remembers NaN, as broken numbers would."""
+    row = int(session.rows[entry])
+    if part == "LLM":
+        for cache in session._state.llm.layers:
+            cache.v[row] = torch.nan
+    elif part == "voice decoder":
+        for cache in session._state.speaking.decoder.lm.layers:
+            cache.v[row] = torch.nan
+    else:
+        session._state.speaking.vocoder.memory[row] = torch.nan
+
+
+@pytest.mark.parametrize("part,fast", [("LLM", True), ("voice decoder", False), ("vocoder", True)])
+def test_a_session_that_breaks_ends_alone_and_is_new_again(model, part, fast):
+    engine = minmo.FastMinMo(model, rows=3, max_positions=100, max_voice_positions=400, keep_model=True)
+    settings = minmo.Settings(max_text_tokens=7, max_speech_ratio=3, seed=5, temperature=0.9)
+    prompts = [[5, 6, 7, 8], [9, 10], [11]]
+
+    def answers(broken):
+        rounds = []
+        with Session(engine if fast else model, 3, settings, 100) as session:
+            for turn in range(2):
+                session.read(prompts, query=True)
+                for i, pieces in enumerate(session.answer()):
+                    rounds.append(pieces)
+                    if broken and turn == 0 and i == 0:
+                        poisoned(session, 1, part)
+        return [
+            ("".join(p[e].text for p in rounds), np.concatenate([p[e].audio for p in rounds]), rounds[-1][e].fault)
+            for e in range(3)
+        ], [p[1] for p in rounds]
+
+    healthy, _ = answers(False)
+    found, pieces = answers(True)
+    for entry in (0, 2):
+        assert found[entry][0] == healthy[entry][0] and np.array_equal(found[entry][1], healthy[entry][1])
+        assert found[entry][2] == ""
+    faults = {p.fault for p in pieces if p.fault}
+    assert len(faults) == 1 and part in faults.pop().replace("vocoder gave", "vocoder")
+    assert np.isfinite(found[1][1]).all() and pieces[-1].done and not pieces[-1].fault
+
+
+def test_a_single_turn_that_breaks_raises(question):
+    broken = minmo.load("nano", device="cpu")
+    with torch.no_grad():
+        broken.llm.norm.weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="LLM's state became NaN"):
+        minmo.ask(broken, "seven", SHORT)
+    replies = minmo.ask(broken, ["seven", "eight"], SHORT)
+    assert all("NaN" in r.fault and r.text == "" for r in replies)
+    with pytest.raises(FloatingPointError, match="NaN"):
+        list(minmo.full_duplex(broken, stream(question[:3000]), SHORT, threshold=1.0))

@@ -1,0 +1,125 @@
+"""Sessions over many turns: what is forgotten and what stays, prompts read in pieces, and memory over hours."""
+
+from __future__ import annotations
+
+import os
+import resource
+
+import pytest
+import torch
+
+import minmo
+from minmo.config import TICK
+from minmo.conversation.session import Session
+from minmo.state import read_rows
+
+TICKS = int(os.environ.get("MINMO_TICKS", "120"))
+"""80 ms each, in the test of long sessions; 90000 are two hours."""
+QUIET = minmo.Settings(max_text_tokens=5, max_speech_ratio=3, seed=3, temperature=0.9, speak=False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return minmo.load("nano", device="cpu")
+
+
+def hear(session, seed, ticks=1):
+    g = torch.Generator().manual_seed(seed)
+    for i in range(ticks):
+        audio = 0.1 * torch.randn(session.batch, TICK, generator=g)
+        counts = torch.full((session.batch,), TICK, dtype=torch.int32)
+        session.hear(audio, counts, torch.tensor([i == ticks - 1] * session.batch))
+
+
+def converse(session, turn, ticks=4):
+    """One turn of every entry, each with words of its own."""
+    closing = [[] if turn == 0 else [7, 8]] * session.batch
+    session.open_turn(closing, [[20 + turn, *range(entry)] for entry in range(session.batch)])
+    hear(session, turn, ticks)
+    session.read([[9, 10]] * session.batch)
+    return list(session.answer())
+
+
+def context(session):
+    """Lengths and keys of the LLM, beyond-length positions blanked."""
+    state = session._state.llm
+    lengths = read_rows(state.lengths, session.rows)
+    valid = torch.arange(state.capacity) < lengths[:, None]
+    keys = [torch.where(valid[..., None, None], read_rows(cache.k, session.rows), 0) for cache in state.layers]
+    return lengths, torch.stack(keys)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_the_oldest_turns_are_forgotten_and_the_rest_is_as_if_it_were_all(model, fast):
+    engine = minmo.FastMinMo(model, rows=2, max_positions=80, max_voice_positions=200, keep_model=True)
+    with Session(engine if fast else model, 2, QUIET, 80) as session:
+        session.read([[1, 2, 3], [4]])
+        forgot = 0
+        for turn in range(6):
+            before = len(session._turns)
+            converse(session, turn)
+            forgot += len(session._turns) != before + 1
+            assert int(read_rows(session._state.llm.lengths, session.rows).max()) <= 80
+        assert 1 <= forgot < 5, "some turns are forgotten, not at every turn"
+        session.open_turn([[]] * 2, [[5], [6]])
+        kept = session._turns
+        lengths, keys = context(session)
+        assert kept[0][0][0].shape[1] and len(kept) > 2
+        last = session._last.clone()
+    with Session(model, 2, QUIET, 80) as fresh:
+        fresh._turns = [[piece for turn in kept[:-1] for piece in turn]]
+        fresh._state.llm.lengths += 79  # forgotten at once, so that all is read again
+        fresh.open_turn([[]] * 2, [[5], [6]])
+        assert torch.equal(context(fresh)[0], lengths)
+        torch.testing.assert_close(context(fresh)[1], keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fresh._last, last, rtol=1e-4, atol=1e-4)
+
+
+def test_a_turn_that_is_too_long_is_refused_and_a_conversation_is_not(model):
+    silence = [minmo.VoiceInput(torch.zeros(TICK).numpy() + 1e-3, 80.0 * i) for i in range(24)]
+    short = minmo.Settings(max_text_tokens=4, speak=False)
+    turns = [o for o in minmo.full_duplex(model, silence, short, threshold=0.0, max_positions=48) if o.final]
+    assert len(turns) == 24  # a predictor that always says yes: 24 turns of 10 positions and more each
+    with pytest.raises(ValueError, match="context holds 48: start a new one, or raise max_positions"):
+        list(minmo.full_duplex(model, 3 * silence, short, threshold=1.0, max_positions=48))
+
+
+def test_a_prompt_is_read_in_pieces_between_which_others_go_on(model):
+    engine = minmo.FastMinMo(model, rows=2, max_positions=300, max_voice_positions=400, prefill=16, keep_model=True)
+    prompt = [[i % 50 for i in range(100)]]
+
+    def run(together):
+        one, other = (Session(engine, 1, QUIET, 300) for _ in "ab")
+        one.read([[1, 2, 3]])
+        pieces = 0
+        for _ in other.reading(prompt) if together else ():
+            hear(one, pieces)
+            pieces += 1
+        if not together:
+            for i in range(7):
+                hear(one, i)
+            other.read(prompt)
+        texts = [[p.text for p in pieces] for s in (one, other) for pieces in s.answer()]
+        found = [context(s)[1].clone() for s in (one, other)]
+        one.close()
+        other.close()
+        return pieces, texts, found
+
+    pieces, texts, found = run(True)
+    assert pieces == 7  # 100 positions, 16 at once
+    _, alone, expected = run(False)
+    assert texts == alone and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_hours_take_no_more_memory_than_minutes(model):
+    engine = minmo.FastMinMo(model, rows=1, max_positions=100, max_voice_positions=300, keep_model=True)
+    with Session(engine, 1, QUIET, 100) as session:
+        session.read([[1, 2, 3]])
+        size, turns, peaks = session.state_bytes, max(12, TICKS // 10), []
+        for turn in range(turns):
+            converse(session, min(turn, 1), ticks=10)
+            if turn in (turns // 3, turns - 1):
+                peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        assert session.state_bytes == size
+        assert sum(x.shape[1] for turn in session._turns for x, _ in turn) <= session.max_positions
+        assert peaks[1] - peaks[0] < 4096, "kilobytes of memory at most, more after all turns than after a third"
