@@ -10,9 +10,9 @@ import torch
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a steady clock, after a GPU has finished what it was given."""
+    """Seconds on a steady clock, after a GPU has finished what it was given on the current stream."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
     return time.perf_counter()
 
 

@@ -6,9 +6,13 @@ different times, and none changes another's output.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +23,14 @@ from minmo.clock import now
 from minmo.config import TICK, is_real, is_whole
 from minmo.conversation import timings as T
 from minmo.conversation.timings import Timings
-from minmo.model import MinMo, MinMoState
+from minmo.model import MinMo, MinMoState, SpeakingState
 from minmo.state import all_rows, join_all, read_rows, take, valid, write_rows
 from minmo.tokenizer.text import TextStream
 
 MOST_POSITIONS = 1 << 22
+
+SPEAK_BESIDE = False
+"""Whether a CPU, too, speaks a block of text while it writes the next, which takes two cores."""
 
 TEXT_STREAM = 1
 """Random stream of text sampling (the voice decoder and token2wav have their own)."""
@@ -249,21 +256,32 @@ class Session:
         if self.settings.speak:
             self._start_speaking(with_query=forced is None)
         self._query.clear()
-        written = 0
-        faults = [""] * self.batch
-        while bool((writing | speaking).any()):
-            hidden, embedding, counts, ids = self._write(writing, written, forced, clock, faults)
-            written += hidden.shape[1]
-            self._drop(faults, writing, speaking)
-            deltas = [text.push(new) for text, new in zip(texts, ids, strict=True)]
-            sound = [np.zeros(0, np.float32)] * self.batch
-            if self.settings.speak:
-                sound, finished = self._speak(hidden, embedding, counts, ~writing, speaking, clock, faults)
-                speaking &= ~finished
+        written, faults = 0, [""] * self.batch
+        ahead, first = None, True
+        with _beside(self.device) as begin:
+            while bool((writing | speaking).any()):
+                block = ahead or self._write(writing, written, forced, clock, faults)
+                hidden, embedding, counts, ids = block
+                written += hidden.shape[1]
                 self._drop(faults, writing, speaking)
-            done = (~writing & ~speaking).tolist()
-            deltas = [d + (t.flush() if end else "") for d, t, end in zip(deltas, texts, done, strict=True)]
-            yield [Piece(*piece) for piece in zip(deltas, sound, done, faults, strict=True)]
+                deltas = [text.push(new) for text, new in zip(texts, ids, strict=True)]
+                sound, ahead = [np.zeros(0, np.float32)] * self.batch, None
+                if self.settings.speak:
+                    spoken = begin(
+                        partial(
+                            self._speak, self._state.speaking, hidden, embedding, counts, ~writing, speaking, clock,
+                            faults,
+                        )
+                    )  # fmt: skip
+                    if not first and bool(writing.any()):  # the first sound waits for nothing
+                        ahead = self._write(writing, written, forced, clock, faults)
+                    sound, finished = spoken()
+                    speaking &= ~finished
+                    self._drop(faults, writing, speaking)
+                first = False
+                done = (~writing & ~speaking).tolist()
+                deltas = [d + (t.flush() if end else "") for d, t, end in zip(deltas, texts, done, strict=True)]
+                yield [Piece(*piece) for piece in zip(deltas, sound, done, faults, strict=True)]
         clock.mark(T.TOTAL)
 
     def _check_room(self, more: Tensor) -> None:
@@ -389,6 +407,7 @@ class Session:
 
     def _speak(
         self,
+        state: SpeakingState,
         hidden: Tensor,
         embedding: Tensor,
         counts: Tensor,
@@ -401,7 +420,7 @@ class Session:
 
         Entries whose states or sound are NaN are named in `faults`; they give no more sound.
         """
-        model, state = self.model, self._state.speaking
+        model = self.model
         rows = torch.where(speaking, self.rows, -1).to(torch.int32)
         clock.skip()
         tokens, token_counts, _ = model.voice_decoder.step((hidden, embedding), counts, state.decoder, rows, text_done)
@@ -432,6 +451,40 @@ class Session:
 
     def _ints(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.int32, device=self.device)
+
+
+_Result = TypeVar("_Result")
+
+
+@contextlib.contextmanager
+def _beside(device: torch.device) -> Iterator[Callable[[Callable[[], _Result]], Callable[[], _Result]]]:
+    """Gives what begins a call and returns what waits for its result: on a GPU the call runs on a stream and in a
+    thread of its own, beside what its caller does next; on a CPU at once.
+
+    A call must end with its results on the host: by then its stream has finished, and memory may be reused.
+    """
+    if device.type != "cuda" and not SPEAK_BESIDE:
+        yield lambda call: partial(_given, call())
+        return
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def begin(call: Callable[[], _Result]) -> Callable[[], _Result]:
+        ready = None if stream is None else torch.cuda.current_stream(device).record_event()
+
+        def run() -> _Result:
+            with torch.inference_mode(), torch.cuda.stream(stream):
+                if stream is not None and ready is not None:
+                    stream.wait_event(ready)
+                return call()
+
+        return worker.submit(contextvars.copy_context().run, run).result
+
+    with ThreadPoolExecutor(1, "minmo-speech") as worker:
+        yield begin
+
+
+def _given(result: _Result) -> _Result:
+    return result
 
 
 def _flat(turns: list[list[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 
+import numpy as np
 import pytest
 import torch
 
 import minmo
+import minmo.conversation.session as session_module
 from minmo.config import TICK
 from minmo.conversation.session import Session
 from minmo.state import read_rows
@@ -123,3 +126,17 @@ def test_hours_take_no_more_memory_than_minutes(model):
         assert session.state_bytes == size
         assert sum(x.shape[1] for turn in session._turns for x, _ in turn) <= session.max_positions
         assert peaks[1] - peaks[0] < 4096, "kilobytes of memory at most, more after all turns than after a third"
+
+
+def test_text_that_is_written_beside_the_sound_changes_nothing(model, monkeypatch):
+    settings = minmo.Settings(max_text_tokens=14, max_speech_ratio=3, seed=3)
+    engine = minmo.FastMinMo(model, rows=2, max_positions=100, max_voice_positions=500, keep_model=True)
+    apart = minmo.ask(engine, ["two plus three", "seven"], settings)
+    threads = set()
+    step = engine.vocoder.step
+    monkeypatch.setattr(engine.vocoder, "step", lambda *a: (threads.add(threading.current_thread().name), step(*a))[1])
+    monkeypatch.setattr(session_module, "SPEAK_BESIDE", True)
+    beside = minmo.ask(engine, ["two plus three", "seven"], settings)
+    assert len(threads) == 1 and threads.pop().startswith("minmo-speech")
+    for one, other in zip(apart, beside, strict=True):
+        assert one.text == other.text and len(one.audio) and np.array_equal(one.audio, other.audio)
