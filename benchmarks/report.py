@@ -1,4 +1,4 @@
-"""Measured cases as a table and a plot.
+"""Measured cases as a table and a plot; whole steps beside other people's as ratios.
 
     python benchmarks/report.py RESULTS.json ... [-o RESULTS.md] [--plot FOLDER]
 
@@ -20,7 +20,7 @@ def entries(path: Path) -> list[Entry]:
     """The measured cases of a file of either kind."""
     stored = json.loads(path.read_text())
     if "benchmarks" in stored:
-        return [b["extra_info"] for b in stored["benchmarks"] if "seconds" in b["extra_info"]]
+        return [b["extra_info"] for b in stored["benchmarks"] if "operation" in b["extra_info"]]
     return list(stored.values())
 
 
@@ -50,6 +50,27 @@ def table(found: Iterable[Entry]) -> str:
             "",
         ]
     )
+
+
+def peers(found: Iterable[Entry]) -> str:
+    """Markdown: a table a whole step, a line a contender, with its ratio to the first; of quantised weights what they
+    change."""
+    blocks = []
+    for e in found:
+        lines = [
+            f"{e['operation']}, {e['part']}: {e['device']}, {e.get('threads', '?')} threads, torch {e['torch']}", "",
+            "| | median | 95 % | ratio |", "|---|---|---|---|",
+        ]  # fmt: skip
+        lines += [
+            f"| {name} | {1e3 * p['seconds']:.2f} ms | {1e3 * p['p95']:.2f} ms | {p['ratio']:.2f} |"
+            for name, p in e["peers"].items()
+        ]
+        lines += [
+            f"\n{weights}: KL to fp32 {divergence:.1e} nats, greedy tokens alike {same:.0%}"
+            for weights, (divergence, same) in e.get("quality", {}).items()
+        ]
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, ""])
 
 
 def plot(found: Iterable[Entry], folder: Path) -> list[Path]:
@@ -95,11 +116,13 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, help="where the table goes; to the terminal otherwise")
     parser.add_argument("--plot", type=Path, metavar="FOLDER", help="a PNG an operation")
     options = parser.parse_args()
-    found = [e for path in options.results for e in entries(path)]
+    everything = [e for path in options.results for e in entries(path)]
+    found, whole = [e for e in everything if "seconds" in e], [e for e in everything if "peers" in e]
+    text = "\n".join([table(found)] * bool(found) + [peers(whole)] * bool(whole))
     if options.output is None:
-        print(table(found), end="")
+        print(text, end="")
     else:
-        options.output.write_text(table(found))
+        options.output.write_text(text)
     if options.plot is not None:
         for path in plot(found, options.plot):
             print(path)

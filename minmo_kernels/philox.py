@@ -20,7 +20,8 @@ _MASK = 0xFFFFFFFF
 
 
 def philox_4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Four 32-bit words for each 128-bit counter and 64-bit key. All words are int64 tensors in 0 .. 2^32-1."""
+    """Four 32-bit words for each 128-bit counter and 64-bit key. All words are int64 tensors in 0 .. 2^32-1, of shapes
+    that broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -37,15 +38,10 @@ def philox_words(seeds: Tensor, stream: int, index: Tensor, width: int) -> Tenso
     Word w of index i comes from lane w % 4 of the counter (i low, i high, w // 4, stream).
     """
     blocks = torch.arange(-(-width // 4), device=index.device)
-    position = index.long()[..., None].expand(*index.shape, len(blocks))
-    seed = seeds.long()[:, None, None].expand_as(position)
+    # Shapes that broadcast: the key's own arithmetic is a number a session.
+    position, seed = index.long()[..., None], seeds.long()[:, None, None]
     words = philox_4x32(
-        (
-            position & _MASK,
-            (position >> 32) & _MASK,
-            blocks.expand_as(position),
-            torch.full_like(position, stream & _MASK),
-        ),
+        (position & _MASK, (position >> 32) & _MASK, blocks, torch.full_like(position[:1, :1], stream & _MASK)),
         (seed & _MASK, (seed >> 32) & _MASK),
     )
     return torch.stack(words, dim=-1).flatten(-2)[..., :width]
@@ -70,7 +66,6 @@ def philox_normal(seeds: Tensor, stream: int, index: Tensor, width: int) -> Tens
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product of 32-bit words, without leaving int64's positive range."""
-    low = (a & 0xFFFF) * b
-    high = (a >> 16) * b + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    """High and low 32 bits of the 64-bit product of 32-bit words; int64 wraps around and keeps all bits."""
+    product = a * b
+    return (product >> 32) & _MASK, product & _MASK

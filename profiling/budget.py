@@ -8,6 +8,7 @@ The paper's are quoted (arXiv 2501.06282, section 3.3): the model of 8B paramete
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +18,7 @@ from minmo.clock import percentile
 from minmo.conversation.timings import FIVE_TEXT, FLOW, LISTEN, SPEECH_BLOCK, TO_AUDIO, VOCODER, Timings
 from minmo.doctor import machine
 
-SOUND = "minmo/assets/question.wav"
+SOUND = Path(minmo.__file__).parent / "assets" / "question.wav"
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
     parser.add_argument("--preset", default="nano")
     parser.add_argument("--weights")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--sound", default=SOUND, help=f"what is asked (from the repository's root: {SOUND})")
+    parser.add_argument("--sound", default=SOUND, help="what is asked; the question of the package by default")
     options = parser.parse_args()
     model = minmo.FastMinMo.from_pretrained(options.preset, weights=options.weights)
     sound = minmo.load_audio(options.sound)

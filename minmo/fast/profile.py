@@ -23,10 +23,11 @@ import minmo_kernels as mk
 from minmo.clock import now, percentile
 from minmo.config import TICK, MinMoConfig
 from minmo.fast.engine import LANGUAGE, optimised
+from minmo.fast.graphs import CudaCapture, replay
 from minmo.fast.linear import activations
 from minmo.model import PREFILL, MinMo, shapes
 from minmo.modules.backbone import Backbone, BackboneState
-from minmo.state import all_rows, full_lengths
+from minmo.state import State, all_rows, full_lengths
 from minmo_kernels.testing import timing
 
 WARMUP, FEWEST = 5, 10
@@ -250,9 +251,16 @@ def _sampler(logits: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: mk.sample_token(x, entries, long, long, ones, 25 * torch.ones_like(entries), 0.8 * ones)
 
 
+def _replayed(part: nn.Module, method: str, state: State, rows: int) -> None:
+    """On a GPU a part's method is replayed as a graph, as in the engine."""
+    if next(part.parameters()).is_cuda:
+        replay(part, method, state, CudaCapture(), rows)
+
+
 def _llm(model: MinMo, rows: int, context: int) -> Callable[[], object]:
     llm, device = model.llm, model.llm.norm.weight.device
     state, entries = _context(llm, rows, context, 1), all_rows(rows, device)
+    _replayed(llm, "step", state, rows)
     ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
     one = torch.ones_like(entries)
     draw = _sampler(llm.logits(llm.embed(ids))[:, 0])
@@ -268,6 +276,7 @@ def _llm(model: MinMo, rows: int, context: int) -> Callable[[], object]:
 def _prefill(model: MinMo, rows: int, context: int) -> Callable[[], object]:
     llm = model.llm
     state, entries = _context(llm, rows, context, PREFILL), all_rows(rows, llm.norm.weight.device)
+    _replayed(llm, "step", state, rows)
     x = llm.norm.weight.new_ones(rows, PREFILL, llm.config.dim)
     counts = full_lengths(x)
 
@@ -282,6 +291,7 @@ def _voice_lm(model: MinMo, rows: int, context: int) -> Callable[[], object]:
     decoder = model.voice_decoder
     device = decoder.lm.norm.weight.device
     state, entries = _context(decoder.lm, rows, context, 1), all_rows(rows, device)
+    _replayed(decoder.lm, "step", state, rows)
     token = torch.zeros(rows, 1, dtype=torch.int64, device=device)
     one = torch.ones_like(entries)
     draw = _sampler(decoder.head(decoder.speech_embedding(token))[:, 0])
@@ -304,9 +314,13 @@ def _speech_block(model: MinMo, rows: int, context: int) -> Callable[[], object]
     counts, seeds = full_lengths(x), torch.zeros(rows, dtype=torch.int64, device=device)
     open_ended = torch.zeros(rows, dtype=torch.bool, device=device)
 
+    decoder.start(state, entries, seeds)
+    state.query.fill_(context - 1)  # a long query has been given
+    _replayed(decoder, "_round", state, rows)
+
     def call() -> object:
-        decoder.start(state, entries, seeds)
-        state.query.fill_(context - 1)  # a long query has been given
+        for number in (state.text, state.speech):
+            number.zero_()
         state.lm.lengths.fill_(context)
         return decoder.step((x, x), counts, state, entries, open_ended)
 
@@ -317,6 +331,7 @@ def _encoder(model: MinMo, rows: int, context: int) -> Callable[[], object]:
     frontend, encoder, device = model.frontend, model.encoder, model.encoder.conv1.weight.device
     dtype = encoder.conv1.weight.dtype
     heard, states = frontend.initial_state(rows, like=torch.zeros(1, device=device)), encoder.initial_state(rows)
+    _replayed(encoder, "_piece", states, rows)
     audio, entries = 0.1 * torch.randn(rows, TICK, device=device), all_rows(rows, device)
     counts, more = full_lengths(audio), torch.zeros(rows, dtype=torch.bool, device=device)
 
@@ -332,6 +347,8 @@ def _listen(model: MinMo, rows: int, context: int) -> Callable[[], object]:
     device = llm.norm.weight.device
     waiting, decided = projector.initial_state(rows), duplex.initial_state(rows)
     state, entries = _context(llm, rows, context, 1), all_rows(rows, device)
+    for part, method, own in ((projector, "_piece", waiting), (llm, "step", state), (duplex, "step", decided)):
+        _replayed(part, method, own, rows)
     frames = llm.norm.weight.new_ones(rows, 2, model.config.projector.input_dim)
     counts, more = full_lengths(frames), torch.zeros(rows, dtype=torch.bool, device=device)
 
@@ -348,6 +365,7 @@ def _flow(model: MinMo, rows: int, context: int) -> Callable[[], object]:
     flow, c, device = model.flow, model.config.flow, model.speaker.device
     entries, seeds = all_rows(rows, device), torch.zeros(rows, dtype=torch.int64, device=device)
     state = flow.start(flow.initial_state(rows), entries, model.speaker.expand(rows, -1), seeds)
+    _replayed(flow, "_chunk", state, rows)
     tokens = torch.zeros(rows, c.chunk, dtype=torch.int64, device=device)
     counts, more = full_lengths(tokens), torch.zeros(rows, dtype=torch.bool, device=device)
     return lambda: flow.step(tokens, counts, state, entries, more)
@@ -357,6 +375,7 @@ def _vocoder(model: MinMo, rows: int, context: int) -> Callable[[], object]:
     vocoder, c, device = model.vocoder, model.config, model.speaker.device
     entries, seeds = all_rows(rows, device), torch.zeros(rows, dtype=torch.int64, device=device)
     state = vocoder.start(vocoder.initial_state(rows), entries, seeds)
+    _replayed(vocoder, "_advance" if c.vocoder.streaming == "exact" else "_unit", state, rows)
     mel = torch.zeros(rows, 2 * c.flow.chunk, c.vocoder.n_mels, device=device)
     counts, more = full_lengths(mel), torch.zeros(rows, dtype=torch.bool, device=device)
     return lambda: vocoder.step(mel, counts, state, entries, more)

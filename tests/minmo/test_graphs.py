@@ -207,3 +207,27 @@ def test_settings_of_an_engine():
     reply = replace(QUIET, speak=False)
     small = minmo.FastMinMo(model, rows=1, prefill=8, max_positions=200, keep_model=True)
     assert minmo.ask(small, "two plus three", reply).text == minmo.ask(model, "two plus three", reply).text
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_on_a_gpu_graphs_give_the_eager_reply_and_allocate_nothing(weights):
+    model = minmo.load("nano", device="cuda")
+    settings = {"rows": 2, "max_positions": 300, "max_voice_positions": 500, "weights": weights, "keep_model": True}
+    eager, fast = minmo.FastMinMo(model, graphs="off", **settings), minmo.FastMinMo(model, **settings)
+    fast.warmup()
+    for one, other in zip(minmo.ask(eager, ["seven"], QUIET), minmo.ask(fast, ["seven"], QUIET), strict=True):
+        assert one.text == other.text
+    seats = fast.join(1, 300, 500)
+    x = torch.zeros(1, 1, fast.config.llm.dim, dtype=fast.dtype, device="cuda")
+    one = torch.ones(1, dtype=torch.int32, device="cuda")
+    with torch.inference_mode():
+        fast.llm.step(x, one, seats.state.llm, seats.rows)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(100):
+                fast.llm.step(x, one, seats.state.llm, seats.rows)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert torch.cuda.memory_allocated() == held
