@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 LIMIT = 470
 """Seconds that a stage may take."""
 KERNEL_TESTS = ["tests/minmo_kernels/test_triton.py", "tests/minmo_kernels/test_decode_layer.py"]
+ENGINE_TESTS = ["tests/minmo/test_graphs.py", "tests/minmo/test_session.py"]
 
 
 def python(*arguments: str, **environment: str) -> int:
@@ -35,7 +36,7 @@ def python(*arguments: str, **environment: str) -> int:
 
 
 def test(path: Path) -> int:
-    """The numbers of every kernel on this GPU, bf16 included; tests that passed before are left out."""
+    """Every kernel's numbers on this GPU, bf16 included, and the engine's graphs; leaves out what passed before."""
     import pytest
 
     passed = json.loads(path.read_text()) if path.is_file() else {}
@@ -56,7 +57,7 @@ def test(path: Path) -> int:
 
     os.chdir(ROOT)
     os.environ.setdefault("MINMO_EXAMPLES", "20")  # most of them compile a kernel for sizes of their own
-    return int(pytest.main(KERNEL_TESTS, plugins=[Kept()]))
+    return int(pytest.main([*KERNEL_TESTS, *ENGINE_TESTS], plugins=[Kept()]))
 
 
 def tune(path: Path) -> int:
@@ -69,7 +70,7 @@ def tune(path: Path) -> int:
 
 
 def bench(path: Path) -> int:
-    """Every operation x case of minmo-8b x backend."""
+    """Every operation x case of minmo-8b x backend; whole steps beside their peers."""
     return python("-m", "pytest", "benchmarks/", "--benchmark-only", "--preset", "minmo-8b", "--results", str(path))
 
 

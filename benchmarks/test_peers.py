@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from results import Results
 from torch import Tensor
 
 from minmo.clock import now, percentile
@@ -50,6 +51,17 @@ Contenders = dict[str, Callable[[], object]]
 def _no_gradients():
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _kept(request: pytest.FixtureRequest, results: Results, benchmark: Any):
+    """What was measured already is skipped, as the operations' cases are; what is measured now is kept."""
+    name = request.node.name
+    if name in results.kept:
+        pytest.skip("measured already, in the results file")
+    yield
+    if "peers" in benchmark.extra_info:
+        results.keep(name, benchmark.extra_info)
 
 
 def contest(
