@@ -22,15 +22,16 @@ from minmo.conversation import verbs
 from minmo.conversation.session import Piece
 from minmo.conversation.timings import RESAMPLER
 from minmo.fast import profile as measuring
-from minmo.fast.engine import MAX_POSITIONS, MAX_VOICE_POSITIONS
+from minmo.fast.engine import MAX_VOICE_POSITIONS, MOST_ROWS
 from minmo.fast.linear import WEIGHTS
 from minmo.fast.profile import STEPS
 from minmo.info import engine_rows, state_rows
 from minmo.info import rows as info_rows
+from minmo.model import MAX_POSITIONS, MOST_POSITIONS
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
 from minmo.weights import pick_device
 from minmo_kernels import BackendError
-from minmo_kernels.dispatch import backends_in_use
+from minmo_kernels.dispatch import OPS, backends_in_use
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="MinMo: talk with a voice model."
@@ -186,8 +187,10 @@ def say(
 def info(
     preset: Annotated[str, typer.Argument(help="A preset, or a checkpoint directory.")] = "nano",
     rows: Annotated[int, typer.Option(min=0, help="Also the memory of a FastMinMo's state with so many rows.")] = 0,
-    max_positions: Annotated[int, typer.Option(min=1, help="LLM context of each.")] = MAX_POSITIONS,
-    max_voice_positions: Annotated[int, typer.Option(min=1, help="Voice token LM context.")] = MAX_VOICE_POSITIONS,
+    max_positions: Annotated[int, typer.Option(min=1, max=MOST_POSITIONS, help="LLM context of each.")] = MAX_POSITIONS,
+    max_voice_positions: Annotated[
+        int, typer.Option(min=1, max=MOST_POSITIONS, help="Voice token LM context.")
+    ] = MAX_VOICE_POSITIONS,
 ) -> None:
     """Parameters of every module beside the paper's Table 1, and the memory of a session's states."""
     name = escape(preset)
@@ -212,10 +215,16 @@ def info(
 def profile(
     preset: Annotated[str, typer.Option(help="A preset, or a checkpoint directory: its sizes.")] = "nano",
     part: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(STEPS)}; repeat for more (all).")] = None,
-    context: Annotated[list[int] | None, typer.Option(min=1, help="Positions in the caches; repeat for more.")] = None,
-    rows: Annotated[list[int] | None, typer.Option(min=1, help="Sessions in a step; repeat for more.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, max=MOST_POSITIONS, help="Positions in the caches; repeat for more.")
+    ] = None,
+    rows: Annotated[
+        list[int] | None, typer.Option(min=1, max=MOST_ROWS, help="Sessions in a step; repeat for more.")
+    ] = None,
     weights: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(WEIGHTS)}; repeat for more.")] = None,
-    tokens: Annotated[int, typer.Option(min=2, help="Tokens that are counted, after the warm-up.")] = 60,
+    tokens: Annotated[
+        int, typer.Option(min=10, max=1_000_000, help="Tokens that are counted, after the warm-up.")
+    ] = 60,
     threads: Annotated[int, typer.Option(min=0, help="Threads of a CPU; 0 = PyTorch's choice.")] = 0,
     backend: Annotated[str | None, typer.Option(help="Force one backend of the operations.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="A folder for profile.json and plots.")] = None,
@@ -224,11 +233,17 @@ def profile(
     """Per-token latency of every step of the engine, beside what the memory's bandwidth allows."""
     where = pick_device(device)
     gpu = where.type == "cuda"
-    for name, given, known in (("part", part, STEPS), ("weights", weights, WEIGHTS)):
+    backends = sorted({b.name for op in OPS.values() for b in op.backends})
+    for name, given, known in (
+        ("part", part, list(STEPS)),
+        ("weights", weights, list(WEIGHTS)),
+        ("backend", [backend] if backend else None, backends),
+    ):
         if unknown := set(given or ()) - set(known):
             raise ValueError(f"--{name} must be one of {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    if output is not None:
-        measuring.figures()  # now, not after everything has been measured
+    if output is not None:  # now, not after everything has been measured
+        measuring.figures()
+        _check_folder(output)
     if threads:
         torch.set_num_threads(threads)
     lines: list[measuring.Measured] = []
@@ -246,9 +261,13 @@ def profile(
                 err.print(f"not measured: {line}", style="yellow", highlight=False, markup=False, soft_wrap=True)
                 continue
             lines.append(line)
+            if output is not None:  # as it comes: what was measured outlives an interruption
+                (output / "profile.json").write_text(json.dumps(measuring.as_json(lines, machine), indent=1) + "\n")
             err.print(
                 f"{line.step} {line.weights} {line.rows} x {line.context}: {1e3 * line.p50:.2f} ms", highlight=False
             )
+    if not lines:
+        raise ValueError("nothing was measured; the lines above say why")
     joules = any(m.energy is not None for m in lines)
     columns = ("step", "weights", "rows", "context", "p50 ms", "p95", "p99", "first", "floor", "%", "a second")
     table = Table(*columns, *(["J"] if joules else []), title=f"{escape(preset)}: latency of a unit", padding=(0, 0))
@@ -260,19 +279,27 @@ def profile(
     out.print(table)
     for name, unit in {m.step: m.unit for m in lines}.items():
         out.print(f"{name}: a unit is {unit}", highlight=False)
-    if lines:
-        out.print(
-            f"floor: its weights and context, read once, at the {lines[0].bandwidth / 1e9:.1f} GB/s of a plain copy in "
-            f"this run; %: of that reached; first: the first call; a second: units of all rows; {tokens} units are "
-            "counted, after a warm-up",
-            highlight=False,
-        )
+    out.print(
+        f"floor: its weights and context, read once, at the {lines[0].bandwidth / 1e9:.1f} GB/s of a plain copy in "
+        "this run; %: of that reached; first: the first call of a line (its sizes are new, the weights are not); a "
+        f"second: units of all rows; at least {tokens} units and {measuring.FEWEST} calls are counted, after a "
+        "warm-up; percentiles are of calls, so of whole blocks where a unit is a part of one. Steps without a context "
+        "(encoder, flow, vocoder) run once for each number of rows",
+        highlight=False,
+    )
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "profile.json").write_text(json.dumps(measuring.as_json(lines, machine), indent=1) + "\n")
-        title = f"{preset}, {machine['machine']}, {machine['threads']} threads"
+        title = f"{preset}, {machine['machine']}"
         for path in (output / "profile.json", *measuring.plot(lines, title, output)):
             out.print(f"written: {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ValueError where nothing can be written into a folder, which is made where it is not."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "profile.json").write_text("{}\n")
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}; give -o a folder that can be written") from None
 
 
 @app.command()

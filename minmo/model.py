@@ -29,6 +29,9 @@ from minmo.tokenizer.text import TextTokenizer
 
 PREFILL = 64
 """Positions of a prompt that the LLM reads at once."""
+MAX_POSITIONS = 4096
+"""LLM context of a conversation, by default."""
+MOST_POSITIONS = 1 << 22
 
 
 @dataclass
@@ -69,6 +72,9 @@ class Seats:
     def state(self) -> MinMoState:
         return self._state
 
+    def check(self) -> None:
+        """Raises RuntimeError where the seats must not be used from this thread."""
+
     def leave(self) -> None:
         """Gives the rows back; the seats must not be used again."""
 
@@ -83,8 +89,8 @@ class MinMo(nn.Module):
     speaker: Tensor
     given: tuple[str, ...] = ()
     """Names of parts that now belong to a FastMinMo."""
-    prefill = PREFILL
-    """Positions of a prompt that are read at once."""
+    prefill, max_positions = PREFILL, MAX_POSITIONS
+    """Positions of a prompt that are read at once; LLM context of a conversation that does not ask for another."""
 
     def __init__(self, config: MinMoConfig) -> None:
         super().__init__()

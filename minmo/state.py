@@ -8,8 +8,10 @@ state is owned by one stream of steps at a time.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -73,9 +75,22 @@ def full_lengths(x: Tensor) -> Lengths:
     return torch.full((x.shape[0],), x.shape[1], dtype=torch.int32, device=x.device)
 
 
+_unlooking: ContextVar[bool] = ContextVar("unlooking", default=False)
+
+
+@contextlib.contextmanager
+def unlooking() -> Iterator[None]:
+    """Inside, steps run as they do while a CUDA graph is captured: no number of the device is read."""
+    token = _unlooking.set(True)
+    try:
+        yield
+    finally:
+        _unlooking.reset(token)
+
+
 def may_look(x: Tensor) -> bool:
     """Whether a number of x may be read here and now: always, but while a CUDA graph is captured."""
-    return x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    return not _unlooking.get() and (x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing())
 
 
 def nobody(entries: Tensor) -> bool:

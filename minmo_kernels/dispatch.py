@@ -268,6 +268,11 @@ def strict(words: torch.Tensor | None = None) -> Iterator[None]:
         _words.reset(tokens[1])
 
 
+def as_usual() -> bool:
+    """Whether nothing is asked of the calls in this block alone: no backend is forced here, no error words are kept."""
+    return _forced.get() == _FORCED and _words.get() is None
+
+
 def is_strict() -> bool:
     """Whether the call is inside `strict()`."""
     return _strict.get()

@@ -17,6 +17,7 @@ import minmo
 from minmo.clock import percentile
 from minmo.conversation.timings import FIVE_TEXT, FLOW, LISTEN, SPEECH_BLOCK, TO_AUDIO, VOCODER, Timings
 from minmo.doctor import machine
+from minmo.fast.linear import WEIGHTS
 
 SOUND = Path(minmo.__file__).parent / "assets" / "question.wav"
 
@@ -24,10 +25,12 @@ SOUND = Path(minmo.__file__).parent / "assets" / "question.wav"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano")
-    parser.add_argument("--weights")
+    parser.add_argument("--weights", choices=WEIGHTS)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--sound", default=SOUND, help="what is asked; the question of the package by default")
     options = parser.parse_args()
+    if options.repeat < 1:
+        parser.error("--repeat must be at least 1")
     model = minmo.FastMinMo.from_pretrained(options.preset, weights=options.weights)
     sound = minmo.load_audio(options.sound)
     settings = minmo.Settings(max_text_tokens=10, max_speech_ratio=6)
@@ -57,4 +60,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None

@@ -37,9 +37,9 @@ def report(preset: str, sm: int, operation: str | None) -> tuple[Table, dict[str
     found = {}
     for name, part, case, record in gate.shipped(kernel_dims(load_config(preset)), sm, operation):
         binary = compiled(record, sm)
-        budget = gate.measured(record, binary)
-        if not list(gate.faults(record, binary, sm, budget, known=True, reasons=gate.reasons_for(BUDGETS, record))):
-            budget["proved"] = gate.proof(record, sm)
+        budget, reasons = gate.measured(record, binary), gate.reasons_for(BUDGETS, record)
+        if not list(gate.faults(record, binary, sm, budget, known=True, reasons=reasons)):
+            budget["proved"] = gate.proof(record, sm, budget, reasons)
         found[f"sm_{sm} {record.key}"] = budget
         limit = gate.limits(record, binary)
         programs = record.grid[0] * record.grid[1] * record.grid[2]

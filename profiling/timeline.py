@@ -8,6 +8,7 @@ Open the file in chrome://tracing or ui.perfetto.dev. On a GPU the table is by k
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import minmo
+from minmo.fast.linear import WEIGHTS
 
 PARTS = ("frontend", "encoder", "projector", "llm", "duplex", "voice_decoder", "flow", "vocoder")
 
@@ -31,7 +33,7 @@ def named(name: str, step: Callable[..., Any]) -> Callable[..., Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="nano")
-    parser.add_argument("--weights")
+    parser.add_argument("--weights", choices=WEIGHTS)
     parser.add_argument("--text", default="seven", help="a typed turn; the reply is spoken")
     parser.add_argument("--output", default="timeline.json")
     options = parser.parse_args()
@@ -46,10 +48,14 @@ def main() -> None:
     with profile(activities=activities) as found:
         reply = minmo.talk(model, options.text, settings)
     order = "self_cuda_time_total" if gpu else "self_cpu_time_total"
+    print("summing up and writing the trace, which takes as long as a minute", file=sys.stderr)
     print(found.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
     found.export_chrome_trace(options.output)
     print(f"{len(reply.audio) / reply.sample_rate:.2f} s of sound; the trace: {options.output}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raise SystemExit(str(error)) from None

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,11 +23,9 @@ from minmo.clock import now
 from minmo.config import TICK, is_real, is_whole
 from minmo.conversation import timings as T
 from minmo.conversation.timings import Timings
-from minmo.model import MinMo, MinMoState, SpeakingState
+from minmo.model import MOST_POSITIONS, MinMo, MinMoState, SpeakingState
 from minmo.state import all_rows, join_all, read_rows, take, valid, write_rows
 from minmo.tokenizer.text import TextStream
-
-MOST_POSITIONS = 1 << 22
 
 SPEAK_BESIDE = False
 """Whether a CPU, too, speaks a block of text while it writes the next, which takes two cores."""
@@ -151,6 +149,10 @@ class Session:
         """Memory of the state that these sessions sit in."""
         return self._state.nbytes
 
+    def check(self) -> None:
+        """Raises RuntimeError where an engine's session is used from another thread than its own."""
+        self._seats.check()
+
     def close(self) -> None:
         """Gives the sessions' rows back to the model; the session has then ended."""
         self._seats.leave()
@@ -186,18 +188,22 @@ class Session:
 
         For that the oldest turns are forgotten where need be, and what is left is read again; what preceded the first
         turn stays. before: text that ends what came before, opening: text that the turn begins with, a list an entry.
+        Raises ValueError, with nothing changed, where even so there is no room for them.
         """
         closing, fresh = self._embedded(before), self._embedded(opening)
-        x, lengths = join_all([closing, fresh])
-        self._turns[-1].append(closing)
-        room = self.max_positions // 2
-        if int((read_rows(self._state.llm.lengths, self.rows) + closing[1]).max()) > room:
-            while len(self._turns) > 1 and int(join_all(_flat(self._turns))[1].max()) > room:
-                del self._turns[1]
-            write_rows(self._state.llm.lengths, self.rows, torch.zeros_like(self.rows))
-            x, lengths = join_all([*_flat(self._turns), fresh])
-        self._check_room(lengths)
-        self._turns.append([fresh])
+        turns = [*self._turns[:-1], [*self._turns[-1], closing]]
+        have, room = read_rows(self._state.llm.lengths, self.rows), self.max_positions // 2
+        new = [closing, fresh]
+        again = int((have + closing[1]).max()) > room
+        if again:
+            while len(turns) > 1 and int(join_all(_flat(turns))[1].max()) > room:
+                del turns[1]
+            have, new = torch.zeros_like(have), [*_flat(turns), fresh]
+        x, lengths = join_all(new)
+        self._check_room(lengths, have)
+        if again:
+            write_rows(self._state.llm.lengths, self.rows, have)
+        self._turns = [*turns, [fresh]]
         for piece, count in self._pieces(x, lengths):
             with self.timings.measure(T.PREFILL, self.device):
                 self._step(piece, count)
@@ -256,19 +262,20 @@ class Session:
         if self.settings.speak:
             self._start_speaking(with_query=forced is None)
         self._query.clear()
-        written, faults = 0, [""] * self.batch
+        written, faults, dropped = 0, [""] * self.batch, set[int]()
         ahead, first = None, True
         with _beside(self.device) as begin:
             while bool((writing | speaking).any()):
                 block = ahead or self._write(writing, written, forced, clock, faults)
                 hidden, embedding, counts, ids = block
                 written += hidden.shape[1]
-                self._drop(faults, writing, speaking)
+                self._drop(faults, dropped, writing, speaking)
+                ids = [[] if entry in dropped else new for entry, new in enumerate(ids)]
                 deltas = [text.push(new) for text, new in zip(texts, ids, strict=True)]
                 sound, ahead = [np.zeros(0, np.float32)] * self.batch, None
                 if self.settings.speak:
                     spoken = begin(
-                        partial(
+                        functools.partial(
                             self._speak, self._state.speaking, hidden, embedding, counts, ~writing, speaking, clock,
                             faults,
                         )
@@ -277,16 +284,17 @@ class Session:
                         ahead = self._write(writing, written, forced, clock, faults)
                     sound, finished = spoken()
                     speaking &= ~finished
-                    self._drop(faults, writing, speaking)
+                    self._drop(faults, dropped, writing, speaking)
                 first = False
                 done = (~writing & ~speaking).tolist()
                 deltas = [d + (t.flush() if end else "") for d, t, end in zip(deltas, texts, done, strict=True)]
                 yield [Piece(*piece) for piece in zip(deltas, sound, done, faults, strict=True)]
         clock.mark(T.TOTAL)
 
-    def _check_room(self, more: Tensor) -> None:
-        """Raises ValueError where a session's context cannot take so many more positions, (batch,)."""
-        need = int((read_rows(self._state.llm.lengths, self.rows) + more).max())
+    def _check_room(self, more: Tensor, have: Tensor | None = None) -> None:
+        """Raises ValueError where a context that holds `have` (as it does now) cannot take so many more, (batch,)."""
+        have = read_rows(self._state.llm.lengths, self.rows) if have is None else have
+        need = int((have + more).max())
         if need > self.max_positions:
             raise ValueError(
                 f"the conversation would take {need} positions, but its context holds {self.max_positions}: start a "
@@ -307,10 +315,11 @@ class Session:
             self._last = torch.where((lengths > 0)[:, None], newest, self._last)
         return hidden
 
-    def _drop(self, faults: Sequence[str], *busy: Tensor) -> None:
-        """Ends entries with a fault, in the masks (batch,) of who is busy; their sessions are made new."""
+    def _drop(self, faults: Sequence[str], dropped: set[int], *busy: Tensor) -> None:
+        """Ends entries with a fault, in the masks (batch,) of who is busy; those not yet `dropped` are made new."""
         for entry in [entry for entry, fault in enumerate(faults) if fault]:
-            if any(bool(mask[entry]) for mask in busy):
+            if entry not in dropped:
+                dropped.add(entry)
                 self._state.reset(self.rows[entry : entry + 1])
                 self._last[entry] = 0
                 gone = torch.arange(self.batch, device=self.device) == entry
@@ -338,9 +347,9 @@ class Session:
         for i in range(block):
             if written + i >= self.settings.max_text_tokens and forced is None:
                 writing[:] = False
-            broken |= writing & self._last.isnan().any(dim=1)
-            writing &= ~broken
-            token = self._next_token(written + i, writing, forced)
+            token, bad = self._next_token(written + i, writing, forced)
+            broken |= bad
+            writing &= ~bad
             writing &= token != self.tokenizer.end_of_turn
             token = torch.where(writing, token, 0)
             embedding = self.model.llm.embed(token.long()[:, None])
@@ -364,21 +373,25 @@ class Session:
         pad = torch.nn.functional.pad
         return pad(torch.stack(states, 1), short), pad(torch.stack(embeddings, 1), short), counts, ids
 
-    def _next_token(self, index: int, writing: Tensor, forced: Sequence[Sequence[int]] | None) -> Tensor:
-        """(batch,) token ids: the forced text's, else drawn from the last states of the entries that write."""
+    def _next_token(self, index: int, writing: Tensor, forced: Sequence[Sequence[int]] | None) -> tuple[Tensor, Tensor]:
+        """(batch,) token ids, the forced text's or drawn for the entries that write; whose states are NaN, (batch,)."""
         if forced is not None:
             end = self.tokenizer.end_of_turn
-            return self._ints([ids[index] if index < len(ids) else end for ids in forced])
+            bad = writing & self._last.isnan().any(dim=1)
+            return self._ints([ids[index] if index < len(ids) else end for ids in forced]), bad
         self._drawn += 1
-        return mk.sample_token(
-            self.model.llm.logits(self._last),
-            torch.where(writing, self._entries, -1).to(torch.int32),
+        logits = self.model.llm.logits(self._last)
+        bad = writing & logits.isnan().any(dim=1)
+        token = mk.sample_token(
+            logits,
+            torch.where(writing & ~bad, self._entries, -1).to(torch.int32),
             self._seeds,
             self._drawn,
             *self._sampling,
             banned=self._banned,
             stream=TEXT_STREAM,
         )
+        return token, bad
 
     def _start_speaking(self, with_query: bool) -> None:
         """New speaking states, one voice for all, and the turn's query embeddings."""
@@ -456,6 +469,12 @@ class Session:
 _Result = TypeVar("_Result")
 
 
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all replies: memory and workspaces stay with a stream."""
+    return torch.cuda.Stream(device)
+
+
 @contextlib.contextmanager
 def _beside(device: torch.device) -> Iterator[Callable[[Callable[[], _Result]], Callable[[], _Result]]]:
     """Gives what begins a call and returns what waits for its result: on a GPU the call runs on a stream and in a
@@ -464,9 +483,9 @@ def _beside(device: torch.device) -> Iterator[Callable[[Callable[[], _Result]], 
     A call must end with its results on the host: by then its stream has finished, and memory may be reused.
     """
     if device.type != "cuda" and not SPEAK_BESIDE:
-        yield lambda call: partial(_given, call())
+        yield lambda call: functools.partial(_given, call())
         return
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    stream = _stream(device) if device.type == "cuda" else None
 
     def begin(call: Callable[[], _Result]) -> Callable[[], _Result]:
         ready = None if stream is None else torch.cuda.current_stream(device).record_event()

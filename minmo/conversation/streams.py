@@ -10,7 +10,7 @@ import asyncio
 import functools
 import math
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import overload
@@ -65,7 +65,7 @@ def full_duplex(
     settings: Settings = ...,
     *,
     threshold: float = ...,
-    max_positions: int = ...,
+    max_positions: int | None = ...,
 ) -> Iterator[VoiceOutput]: ...
 @overload
 def full_duplex(
@@ -74,7 +74,7 @@ def full_duplex(
     settings: Settings = ...,
     *,
     threshold: float = ...,
-    max_positions: int = ...,
+    max_positions: int | None = ...,
 ) -> AsyncIterator[VoiceOutput]: ...
 def full_duplex(
     model: MinMo,
@@ -82,27 +82,46 @@ def full_duplex(
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,
     threshold: float = 0.5,
-    max_positions: int = 4096,
+    max_positions: int | None = None,
 ) -> Iterator[VoiceOutput] | AsyncIterator[VoiceOutput]:
     """Listens to a stream and answers each of its turns.
 
     threshold: the predictor's turn-taking probability from which a turn counts as ended, asked every 80 ms; sound after
-    the decision belongs to the next turn. max_positions: LLM context of the conversation: as a turn begins, the oldest
-    are forgotten where less than half of it is free; a single turn that exceeds it raises ValueError. An async stream
-    gives an async iterator, whose computing is done off the event loop. Raises AudioError for a piece of sound that
-    cannot be heard.
+    the decision belongs to the next turn. max_positions: LLM context of the conversation, by default the model's: as a
+    turn begins, the oldest are forgotten where less than half of it is free; a single turn that exceeds it raises
+    ValueError. An async stream gives an async iterator; all of them compute in one thread off the event loop, so a
+    FastMinMo serves async streams, or calls from another thread, not both at once. Raises AudioError for a piece of
+    sound that cannot be heard, and FloatingPointError where the model's numbers become NaN.
     """
     if not is_real(threshold) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold is a probability in 0 .. 1, got {threshold!r}")
-    opened = functools.partial(_Turns, model, settings, threshold, max_positions)
+    opened = functools.partial(
+        _Turns, model, settings, threshold, model.max_positions if max_positions is None else max_positions
+    )
     if isinstance(stream, AsyncIterable):
         return _answers_async(opened, stream)
     if not isinstance(stream, Iterable):
         raise ValueError(f"stream must be an iterable of minmo.VoiceInput, got {type(stream).__name__}")
-    return _answers(opened(), stream)
+    return _Answers(opened(), stream)
 
 
-def _answers(turns: _Turns, stream: Iterable[VoiceInput]) -> Iterator[VoiceOutput]:
+class _Answers(Iterator[VoiceOutput]):
+    """The outputs of a sync stream. A call from a thread that must not use the session raises; the stream goes on."""
+
+    def __init__(self, turns: _Turns, stream: Iterable[VoiceInput]) -> None:
+        self._turns, self._outputs = turns, _answers(turns, stream)
+
+    def __next__(self) -> VoiceOutput:
+        self._turns.check()
+        return next(self._outputs)
+
+    def close(self) -> None:
+        """Ends the conversation."""
+        self._turns.check()
+        self._outputs.close()
+
+
+def _answers(turns: _Turns, stream: Iterable[VoiceInput]) -> Generator[VoiceOutput, None, None]:
     try:
         for piece in stream:
             yield from turns.take(piece)
@@ -127,7 +146,7 @@ async def _answers_async(opened: Callable[[], _Turns], stream: AsyncIterable[Voi
         while (output := await loop.run_in_executor(_COMPUTING, next, outputs, None)) is not None:
             yield output
     finally:
-        turns.close()
+        await loop.run_in_executor(_COMPUTING, turns.close)
 
 
 class _Turns:
@@ -154,6 +173,8 @@ class _Turns:
         while len(self._waiting) >= TICK:
             tick, self._waiting = self._waiting[:TICK], self._waiting[TICK:]
             decisions = self._hear(tick, final=False)
+            if bool(decisions.isnan().any()):
+                raise FloatingPointError("the full-duplex predictor gave NaN: its weights or the LLM's are broken")
             if bool((decisions[0, :, TURN_TAKING] >= self._threshold).any()):
                 yield from self._answer()
 
@@ -163,6 +184,10 @@ class _Turns:
         if self._heard or len(self._waiting):
             rest, self._waiting = self._waiting, self._waiting[:0]
             yield from self._answer(rest)
+
+    def check(self) -> None:
+        """Raises RuntimeError in a thread that must not use the session."""
+        self._session.check()
 
     def close(self) -> None:
         """The conversation has ended: its row is free."""

@@ -8,6 +8,7 @@ vocoder keep theirs.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from minmo.config import TICK, is_whole
 from minmo.fast.graphs import BUCKETS, Capture, CudaCapture, Graphed, bucket, replay
 from minmo.fast.layer import CPULayer, GPULayer, Turns
 from minmo.fast.linear import WEIGHTS, activations, packed
-from minmo.model import PREFILL, MinMo, MinMoState, Seats
+from minmo.model import MAX_POSITIONS, MOST_POSITIONS, PREFILL, MinMo, MinMoState, Seats, shapes
 from minmo.modules.backbone import Backbone, DecoderLayer
 from minmo.state import all_rows, full_lengths
 from minmo.weights import load
@@ -31,8 +32,9 @@ from minmo.weights import load
 LANGUAGE = ("encoder", "projector", "llm", "voice_decoder", "duplex")
 """Parts whose weights are packed."""
 GRAPHS = ("auto", "off")
-MAX_POSITIONS, MAX_VOICE_POSITIONS = 4096, 8192
-"""Contexts of a row, by default: the LLM's and the voice token LM's."""
+MAX_VOICE_POSITIONS = 8192
+"""Voice token LM context of a row, by default."""
+MOST_ROWS = 4096
 
 
 class FastMinMo(MinMo):
@@ -62,26 +64,30 @@ class FastMinMo(MinMo):
         keep_model: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # the parts exist
+        if not isinstance(model, MinMo):
+            raise ValueError(
+                f"a FastMinMo is made from a MinMo (minmo.load), got {type(model).__name__}; from a preset or a "
+                "directory: FastMinMo.from_pretrained"
+            )
         if isinstance(model, FastMinMo):
             raise ValueError("this is a FastMinMo already; build another from a MinMo (minmo.load)")
         if model.device.type == "meta":
             raise ValueError("this model holds shapes only (device 'meta'); load it on cpu or cuda to serve it")
         if model.given:
             raise ValueError("this model's weights were given to a FastMinMo before: use that, or load it again")
+        if model.device.type == "cuda" and model.device.index not in (None, torch.cuda.current_device()):
+            raise ValueError(
+                f"the model is on {model.device} and the current device is another: call torch.cuda.set_device"
+                f"({model.device.index}) first, or choose a GPU by CUDA_VISIBLE_DEVICES"
+            )
         if weights is None:
             weights = "fp32" if model.dtype == torch.float32 else "bf16"
-        if weights not in WEIGHTS:
-            raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-        if graphs not in GRAPHS:
-            raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {graphs!r}")
-        sizes = {
-            "rows": rows, "max_positions": max_positions, "max_voice_positions": max_voice_positions,
-            "prefill": prefill,
-        }  # fmt: skip
-        for name, size in sizes.items():
-            if not is_whole(size) or size < 1:
-                raise ValueError(f"{name} must be a whole number from 1 on, got {size!r}")
-        self.weights, self.capacity, self.prefill = weights, rows, prefill
+        _check_settings(
+            rows=rows, max_positions=max_positions, max_voice_positions=max_voice_positions, prefill=prefill,
+            weights=weights, graphs=graphs, keep_model=keep_model,
+        )  # fmt: skip
+        _check_room(model, weights, rows, max_positions, max_voice_positions)
+        self.weights, self.capacity, self.prefill = weights, rows, min(prefill, max_positions)
         self.max_positions, self.max_voice_positions = max_positions, max_voice_positions
         self.config, self.tokenizer = model.config, model.tokenizer
         self.trained, self.provenance = model.trained, model.provenance
@@ -90,7 +96,8 @@ class FastMinMo(MinMo):
         for name, part in parts:
             self.add_module(name, optimised(part, weights) if name in LANGUAGE else part)
         self.requires_grad_(False).eval()
-        self._state = super().join(rows, max_positions, max_voice_positions).state
+        with torch.inference_mode(False):  # a state that may be written in either mode
+            self._state = super().join(rows, max_positions, max_voice_positions).state
         self._seated: weakref.WeakValueDictionary[int, FastSeats] = weakref.WeakValueDictionary()
         self._thread = 0
         self._graphed: list[Graphed] = []
@@ -98,9 +105,13 @@ class FastMinMo(MinMo):
             self._replay_with(CudaCapture)
 
     @classmethod
-    def from_pretrained(cls, preset_or_dir: str | Path = "nano", **settings: Any) -> FastMinMo:
-        """From a preset or a checkpoint directory; settings and errors as of FastMinMo and `minmo.load`."""
-        return cls(load(preset_or_dir), **settings)
+    def from_pretrained(
+        cls, preset_or_dir: str | Path = "nano", device: str | torch.device | None = None, **settings: Any
+    ) -> FastMinMo:
+        """From a preset or a checkpoint directory; device as of `minmo.load`, settings as of FastMinMo, errors of both.
+        Settings are checked before anything is loaded."""
+        _check_settings(**settings)
+        return cls(load(preset_or_dir, device), **settings)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -111,11 +122,11 @@ class FastMinMo(MinMo):
         """Puts graphs in the place of the steady steps. What speaks has a lane of its own, to run beside the rest."""
         hearing, speaking = self._state.hearing, self._state.speaking
         hear, speak, rows = lane(), lane(), self.capacity
-        frames = self._mel_frames
+        frames, positions = self._mel_frames, (1, self.prefill)
         self._graphed = [
             replay(self.encoder, "_piece", hearing.encoder, hear, rows),
             replay(self.projector, "_piece", hearing.projector, hear, rows),
-            replay(self.llm, "step", self._state.llm, hear, rows, lambda x, *_: x.shape[1] in (1, self.prefill)),
+            replay(self.llm, "step", self._state.llm, hear, rows, lambda x, *_: x.shape[1] in positions),
             replay(self.duplex, "step", self._state.duplex, hear, rows, lambda x, *_: x.shape[1] == 1),
             replay(self.voice_decoder, "_round", speaking.decoder, speak, rows),
             replay(self.flow, "_chunk", speaking.flow, speak, rows),
@@ -212,7 +223,7 @@ class FastMinMo(MinMo):
             if wanted > getattr(self, name):
                 raise ValueError(
                     f"these sessions need {name} {wanted}, the FastMinMo was made with {getattr(self, name)}: make it "
-                    f"with more, or ask for shorter turns (max_positions, max_text_tokens, max_speech_ratio)"
+                    "with more, or give it less: a shorter text or sound, max_text_tokens, max_speech_ratio"
                 )
         self._thread = threading.get_ident()
         rows = torch.tensor(free[:sessions], dtype=torch.int32, device=self.device)
@@ -238,14 +249,66 @@ class FastSeats(Seats):
     def state(self) -> MinMoState:
         if self._engine is None:
             raise ValueError("this session has left its FastMinMo: open another")
-        self._engine.check_thread()
+        self.check()
         return self._state
 
+    def check(self) -> None:
+        if self._engine is not None:
+            self._engine.check_thread()
+
     def leave(self) -> None:
+        self.check()
         if self._engine is not None:
             for row in self.rows.tolist():
                 del self._engine._seated[row]
             self._engine = None
+
+
+def _check_settings(
+    *,
+    rows: int = 1,
+    max_positions: int = MAX_POSITIONS,
+    max_voice_positions: int = MAX_VOICE_POSITIONS,
+    prefill: int = PREFILL,
+    weights: str | None = None,
+    graphs: str = "auto",
+    keep_model: bool = False,
+) -> None:
+    """Raises ValueError for a setting of FastMinMo that cannot be."""
+    if weights is not None and weights not in WEIGHTS:
+        raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if graphs not in GRAPHS:
+        raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {graphs!r}")
+    if not isinstance(keep_model, bool):
+        raise ValueError(f"keep_model must be True or False, got {keep_model!r}")
+    for name, size, most in (
+        ("rows", rows, MOST_ROWS),
+        ("max_positions", max_positions, MOST_POSITIONS),
+        ("max_voice_positions", max_voice_positions, MOST_POSITIONS),
+        ("prefill", prefill, MOST_POSITIONS),
+    ):
+        if not is_whole(size) or not 1 <= size <= most:
+            raise ValueError(f"{name} must be a whole number from 1 to {most}, got {size!r}")
+
+
+def _check_room(model: MinMo, weights: str, rows: int, max_positions: int, max_voice_positions: int) -> None:
+    """Raises ValueError, before a weight is touched, where the state would not fit in the memory that is free."""
+    planned = shapes(model.config)
+    for name in LANGUAGE:
+        getattr(planned, name).to(activations(weights))
+    needed, free = planned.initial_state(rows, max_positions, max_voice_positions).nbytes, free_memory(model.device)
+    if needed > free:
+        raise ValueError(
+            f"the state of {rows} rows, {max_positions} positions and {max_voice_positions} of speech takes "
+            f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: lower rows, max_positions or max_voice_positions"
+        )
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that may be allocated now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
 
 
 def optimised(part: nn.Module, weights: str, prepare: Callable[[nn.Module], object] = lambda module: None) -> nn.Module:

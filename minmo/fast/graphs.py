@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from minmo.state import State
+from minmo.state import State, unlooking
+from minmo_kernels.dispatch import as_usual
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of rows that steps are captured for."""
@@ -31,20 +33,20 @@ def bucket(rows: int, most: int) -> int:
 
 class CudaCapture:
     """Captures on a GPU. Graphs of one lane share their memory, so they are replayed one after another; graphs of
-    different lanes may run side by side."""
+    different lanes may run side by side: each has a stream of its own to be captured on, with which the libraries'
+    workspaces go."""
 
     def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        # Once in full, on a stream of its own: kernels are compiled and libraries allocate what they keep.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        # Once in full, just as it is captured: kernels are compiled, and libraries allocate what they keep.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream), unlooking():
             call()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = call()
         return graph.replay, outputs
 
@@ -76,29 +78,41 @@ class _Recorded:
 class Graphed:
     """A step on one state: calls whose arguments fit are replayed, others run launch by launch.
 
-    function: takes tensors with the batch first, one of them named `rows`, the state, and constants. fits: of the same
-    arguments, whether their shapes are those of steady work. Each combination of shapes and rows is captured when it
-    first comes, with a warning where that is late.
+    method: of a part; takes tensors with the batch first, one of them named `rows`, the state, and constants. fits: of
+    the same arguments, whether their shapes are those of steady work. Each combination of shapes and rows is captured
+    when it first comes, with a warning where that is late. Where a backend is forced or error words are kept
+    (`mk.use_backend`, `mk.strict`), calls run launch by launch: a graph would not heed them.
     """
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        method: Callable[..., Any],
         state: State,
         fits: Callable[..., bool],
         capture: Capture,
         most_rows: int,
     ) -> None:
-        self.function = function
-        self.rows_at = list(inspect.signature(function).parameters).index("rows")
+        self._method = weakref.WeakMethod(method)  # the part holds this object
+        self._signature = inspect.signature(method)
+        self.rows_at = list(self._signature.parameters).index("rows")
         self._state, self._fits, self._capture, self._most_rows = state, fits, capture, most_rows
         self._graphs: dict[tuple[object, ...], _Recorded] = {}
         self.complete = False
         """Whether everything that is expected has been captured."""
 
-    def __call__(self, *arguments: Any) -> Any:
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The step, launch by launch."""
+        method = self._method()
+        if method is None:
+            raise ReferenceError("the part of this step no longer exists")
+        return method
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        arguments = self._signature.bind(*positional, **named).args
         batch = len(arguments[self.rows_at])
-        if not batch or not any(a is self._state for a in arguments) or not self._fits(*arguments):
+        own = any(a is self._state for a in arguments) and as_usual()
+        if not batch or not own or not self._fits(*arguments):
             return self.function(*arguments)
         rows = bucket(batch, self._most_rows)
         key = tuple((rows, *a.shape[1:], a.dtype) if isinstance(a, Tensor) else None for a in arguments)

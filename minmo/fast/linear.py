@@ -79,7 +79,8 @@ class Int8Linear(nn.Module):
         """x (..., inputs) bf16 -> (..., outputs)."""
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) > MOST_INT8_ROWS:
-            y = F.linear(flat, self.numbers.to(x.dtype)) * self.scale
+            wide = x.dtype if _reorders(x.dtype) else torch.float32  # where a CPU computes faster
+            y = (F.linear(flat.to(wide), self.numbers.to(wide)) * self.scale).to(x.dtype)
         else:
             y = torch._weight_int8pack_mm(flat, self.numbers, self.scale)
         return _biased(y, self.bias).reshape(*x.shape[:-1], y.shape[1])

@@ -7,7 +7,6 @@ fixed context, over and over. Bytes are what a step must read once: its weights,
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 import minmo_kernels as mk
 from minmo.clock import now, percentile
 from minmo.config import TICK, MinMoConfig
-from minmo.fast.engine import LANGUAGE, optimised
+from minmo.fast.engine import LANGUAGE, free_memory, optimised
 from minmo.fast.graphs import CudaCapture, replay
 from minmo.fast.linear import activations
 from minmo.model import PREFILL, MinMo, shapes
@@ -106,10 +105,10 @@ def profile(
             for batch in rows:
                 with torch.inference_mode(), mk.use_backend(backend) if backend else nullcontext():
                     try:
-                        times, joules = _times(
-                            step.prepare(model, batch, context), -(-tokens // step.units), device, energy
-                        )
-                    except (torch.OutOfMemoryError, mk.BackendError) as error:
+                        with torch.inference_mode(False), torch.no_grad():  # states that may be written in either mode
+                            call = step.prepare(model, batch, context)
+                        times, joules = _times(call, -(-tokens // step.units), device, energy)
+                    except (RuntimeError, MemoryError) as error:  # of memory, of a backend that does not serve
                         yield f"{name}, {batch} rows, context {context}: {str(error):.100}"
                         continue
                     first, *rest = [seconds / step.units for seconds in times]
@@ -218,13 +217,6 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
     pynvml.nvmlInit()
     handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     return lambda: float(pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1e3
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that may be allocated now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 62
 
 
 def _context(backbone: Backbone, rows: int, context: int, room: int) -> BackboneState:
@@ -446,10 +438,13 @@ def plot(lines: Sequence[Measured], title: str, folder: Path) -> list[Path]:
         for name, weights in dict.fromkeys((m.step, m.weights) for m in shown):
             own = sorted((m for m in shown if (m.step, m.weights) == (name, weights)), key=lambda m: getattr(m, axis))
             at = [getattr(m, axis) for m in own]
-            (line,) = axes.plot(at, [1e3 * m.p50 for m in own], "o-", label=f"{name}, {weights}, a {own[0].unit}")
+            (line,) = axes.plot(at, [1e3 * m.p50 for m in own], "o-", label=f"{name}, {weights}: {own[0].unit}")
             axes.plot(at, [1e3 * m.floor for m in own], "--", color=line.get_color(), linewidth=1)
         axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="ms, median (dashed: what the memory allows)")
-        axes.set_title(title, fontsize=9)
+        ticks = sorted({getattr(m, axis) for m in shown})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.set_title(f"{title}\n{other}: the fewest, {min(fixed.values())}", fontsize=9)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize=8)
         path = folder / f"latency_by_{axis}.png"

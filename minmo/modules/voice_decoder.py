@@ -94,16 +94,20 @@ class _Voice:
     """(ids,) int32: ids that are no speech tokens."""
     end_of_speech: int
 
-    def choose(self, hidden: Tensor, talks: Tensor, spoken: Tensor, recent: Tensor) -> Tensor:
-        """The next speech token, or end of speech, of each entry that talks (batch,) bool -> (batch,) int32."""
+    def choose(self, hidden: Tensor, talks: Tensor, spoken: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
+        """The next speech token, or end of speech, of each entry that talks (batch,) bool -> (batch,) int32, and whose
+        logits are NaN (batch,) bool."""
+        logits = self.head(hidden)
+        broken = talks & logits.isnan().any(dim=1)
+        talks = talks & ~broken
         may_end = self.turned & (spoken >= self.least)
         allowed = may_end[:, None] & (self.no_speech == self.end_of_speech)
         entries = torch.where(talks, all_rows(len(talks), talks.device), -1).to(torch.int32)
         token = mk.sample_token(
-            self.head(hidden), entries, self.seeds, spoken, self.temperature, self.top_k, self.top_p, recent,
+            logits, entries, self.seeds, spoken, self.temperature, self.top_k, self.top_p, recent,
             torch.where(allowed, -1, self.no_speech).to(torch.int32), stream=SPEECH_STREAM,
         )  # fmt: skip
-        return torch.where(self.turned & (spoken >= self.most) & talks, self.end_of_speech, token)
+        return torch.where(self.turned & (spoken >= self.most) & talks, self.end_of_speech, token), broken
 
 
 @dataclass
@@ -116,9 +120,10 @@ class _Teacher:
     seen: list[tuple[Tensor, Lengths, Tensor]] = field(default_factory=list)
     """(first slot, slots, hidden states) of each call of the LM, entries in the order of the sessions."""
 
-    def choose(self, hidden: Tensor, talks: Tensor, spoken: Tensor, recent: Tensor) -> Tensor:
+    def choose(self, hidden: Tensor, talks: Tensor, spoken: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
         token = take(F.pad(self.speech, (0, 1)), spoken, 1)[:, 0]
-        return torch.where(spoken < self.lengths, token, self.end_of_speech).to(torch.int32)
+        token = torch.where(spoken < self.lengths, token, self.end_of_speech).to(torch.int32)
+        return token, torch.zeros_like(talks)
 
 
 class VoiceDecoder(nn.Module):
@@ -390,8 +395,7 @@ class VoiceDecoder(nn.Module):
                 inputs = self.speech_embedding(recent[:, -1:].clamp(min=0).long())
                 rows = torch.where(talks, rows, -1).to(torch.int32)
                 last = self._append(inputs, talks.to(torch.int32), state, rows, teacher)
-            broken = talks & last[:, 0].isnan().any(dim=1)
-            token = chooser.choose(last[:, 0], talks & ~broken, spoken, recent)
+            token, broken = chooser.choose(last[:, 0], talks, spoken, recent)
             ended = broken | (token == config.end_of_speech)
             finished, failed = finished | (talks & ended), failed | broken
             talks = talks & ~ended

@@ -166,10 +166,13 @@ def in_flight(record: Launch, binary: Binary, chip: Chip) -> float:
     return blocks * binary.warps * limits(record, binary).loaded
 
 
-def proof(record: Launch, sm: int) -> str:
-    """Of a launch that has no faults: changes with its source, its compiler, and the rules of this gate."""
+def proof(record: Launch, sm: int, budget: Mapping[str, Any], reasons: Mapping[str, str]) -> str:
+    """Of a launch that has no faults: changes with its source, compiler and grid, with its budget and reasons, and with
+    the rules of this gate."""
     rules = "".join(Path(__file__).with_name(name).read_text() for name in ("gate.py", "binary.py", "bounds.py"))
-    return hashlib.sha256(f"{fingerprint(record, sm)} {rules}".encode()).hexdigest()[:16]
+    held = {key: value for key, value in budget.items() if key != "proved"}
+    whole = f"{fingerprint(record, sm)} {record.grid} {sorted(held.items())} {sorted(reasons.items())} {rules}"
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def read_budgets(path: Path) -> dict[str, dict[str, Any]]:

@@ -249,3 +249,31 @@ def test_what_does_not_fit_an_engine_is_refused(engine):
     for name in ("rows", "max_positions", "max_voice_positions"):
         with pytest.raises(ValueError, match=f"{name} must be a whole number"):
             minmo.FastMinMo(minmo.load("nano"), **{name: 0})
+
+
+def test_what_does_not_fit_or_is_no_model_leaves_the_model_as_it_was():
+    model = minmo.load("nano", device="cpu")
+    with pytest.raises(ValueError, match="GB are free: lower rows"):
+        minmo.FastMinMo(model, rows=4096, max_positions=1 << 22)
+    with pytest.raises(ValueError, match="rows must be a whole number from 1 to 4096"):
+        minmo.FastMinMo(model, rows=10**30)
+    with pytest.raises(ValueError, match="made from a MinMo .minmo.load., got str"):
+        minmo.FastMinMo("nano")
+    with pytest.raises(TypeError, match="row_count"):
+        minmo.FastMinMo.from_pretrained("a directory that nobody looks at", row_count=1)
+    fast = minmo.FastMinMo(model, rows=1, max_positions=40, max_voice_positions=100, prefill=10**6)
+    assert fast.prefill == 40
+
+
+def test_a_stream_survives_another_threads_call(readable):
+    fast = minmo.FastMinMo(readable, rows=1, max_positions=100, max_voice_positions=300, keep_model=True)
+    heard = [minmo.VoiceInput(np.full(4000, 1e-3, np.float32), 0.0)]
+    outputs = minmo.full_duplex(fast, heard, replace(QUIET, max_text_tokens=8), threshold=1.0)
+    first = next(outputs)
+    with ThreadPoolExecutor(1) as other:
+        for call in (lambda: next(outputs), outputs.close):
+            with pytest.raises(RuntimeError, match="one thread"):
+                other.submit(call).result()
+    rest = list(outputs)
+    assert not first.final and rest[-1].final
+    fast.join(1, 10, 10).leave()  # the row is free

@@ -11,13 +11,13 @@ import torch
 
 import minmo
 import minmo.modules.backbone
-import minmo.modules.voice_decoder
-import minmo.state
 import minmo_kernels as mk
 from minmo.config import load_config
+from minmo.fast import profile
 from minmo.fast.engine import LANGUAGE, optimised
-from minmo.fast.graphs import bucket
+from minmo.fast.graphs import bucket, replay
 from minmo.model import shapes
+from minmo.state import unlooking
 from minmo_kernels import launch
 
 STEPS = ["encoder", "projector", "text", "prefill", "predictor", "speech block", "flow", "vocoder"]
@@ -55,8 +55,6 @@ def capturable(monkeypatch, preset, weights, names):
     model = shapes(load_config(preset))
     for name in LANGUAGE:
         setattr(model, name, optimised(getattr(model, name), weights))
-    for module in (minmo.state, minmo.modules.backbone, minmo.modules.voice_decoder):
-        monkeypatch.setattr(module, "may_look", lambda x: False)
 
     def sent(*_, **__):
         raise AssertionError("a captured step makes a tensor from numbers of the host")
@@ -64,10 +62,11 @@ def capturable(monkeypatch, preset, weights, names):
     found = {}
     with torch.device("meta"), torch.no_grad():
         steps = calls(model, 2)
-        monkeypatch.setattr(torch, "tensor", sent)
-        monkeypatch.setattr(torch, "as_tensor", sent)
+        for name in ("tensor", "as_tensor", "from_numpy"):
+            monkeypatch.setattr(torch, name, sent)
+        monkeypatch.setattr(torch.Tensor, "new_tensor", sent)
         for name in names:
-            with launch.recording(90) as records, mk.use_backend("triton"):
+            with launch.recording(90) as records, mk.use_backend("triton"), unlooking():
                 steps[name]()
             found[name] = len(records)
     return found
@@ -95,14 +94,17 @@ def test_a_look_is_noticed(monkeypatch):
 
 
 class StandIn:
-    """Replays by running the call again into the first outputs, as a graph writes the same memory."""
+    """Replays by running the call again into the first outputs: like a graph, on the same memory and without a look at
+    what is computed."""
 
     def __call__(self, call):
-        outputs = call()
+        with unlooking():
+            outputs = call()
 
         def replay():
-            for own, new in zip(tensors(outputs), tensors(call()), strict=True):
-                own.copy_(new)
+            with unlooking():
+                for own, new in zip(tensors(outputs), tensors(call()), strict=True):
+                    own.copy_(new)
 
         return replay, outputs
 
@@ -213,11 +215,13 @@ def test_settings_of_an_engine():
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_on_a_gpu_graphs_give_the_eager_reply_and_allocate_nothing(weights):
     model = minmo.load("nano", device="cuda")
-    settings = {"rows": 2, "max_positions": 300, "max_voice_positions": 500, "weights": weights, "keep_model": True}
+    settings = {"rows": 4, "max_positions": 300, "max_voice_positions": 500, "weights": weights, "keep_model": True}
     eager, fast = minmo.FastMinMo(model, graphs="off", **settings), minmo.FastMinMo(model, **settings)
     fast.warmup()
-    for one, other in zip(minmo.ask(eager, ["seven"], QUIET), minmo.ask(fast, ["seven"], QUIET), strict=True):
-        assert one.text == other.text
+    turns = ["seven", "two plus three", "nine"]  # of a bucket of four rows
+    for one, other in zip(minmo.ask(eager, turns, QUIET), minmo.ask(fast, turns, QUIET), strict=True):
+        assert one.text == other.text and len(one.audio) == len(other.audio)
+        assert np.abs(one.audio - other.audio).max() < 0.01 * np.abs(one.audio).max()
     seats = fast.join(1, 300, 500)
     x = torch.zeros(1, 1, fast.config.llm.dim, dtype=fast.dtype, device="cuda")
     one = torch.ones(1, dtype=torch.int32, device="cuda")
@@ -231,3 +235,34 @@ def test_on_a_gpu_graphs_give_the_eager_reply_and_allocate_nothing(weights):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         assert torch.cuda.memory_allocated() == held
+
+
+def test_every_profiled_step_runs_as_a_graph(monkeypatch):
+    monkeypatch.setattr(profile, "_replayed", lambda p, m, state, rows: replay(p, m, state, StandIn(), rows))
+    lines = list(
+        profile.profile(
+            load_config("nano"), list(profile.STEPS), weights="fp32", contexts=[16], rows=[1], tokens=10,
+            device=torch.device("cpu"),
+        )
+    )  # fmt: skip
+    assert [getattr(line, "step", line) for line in lines] == list(profile.STEPS)
+
+
+def test_a_forced_backend_and_error_words_are_heeded(engines):
+    engine = engines[1]
+    step = next(s for s in engine._graphed if s.function.__self__ is engine.llm)
+    seats = engine.join(1, 10, 10)
+    x, one = torch.zeros(1, 1, engine.config.llm.dim), torch.ones(1, dtype=torch.int32)
+    replayed = []
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a test before has emptied the step's graphs
+        engine.llm.step(x, one, seats.state.llm, rows=seats.rows)  # names of arguments are as they were
+        (graph,) = [graph for key, graph in step._graphs.items() if key[0][:2] == (1, 1)]
+        graph._replay = lambda: replayed.append(1)
+        with mk.use_backend("reference"):
+            engine.llm.step(x, one, seats.state.llm, seats.rows)
+        with mk.strict(torch.zeros(1, dtype=torch.int32)), mk.use_backend("reference"):
+            engine.llm.step(x, one, seats.state.llm, seats.rows)
+    assert replayed == [] and int(seats.state.llm.lengths[seats.rows[0]]) == 3
+    step._graphs.clear()
+    seats.leave()

@@ -45,7 +45,7 @@ def test_bytes_are_those_of_the_specs(weights, format):
 def test_the_command_prints_a_table_and_writes_what_it_measured(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(profile, "plot", lambda *_: [])  # matplotlib is the benchmarks'
     monkeypatch.setattr(profile, "figures", lambda: None)
-    arguments = "profile --part voice_lm --context 20 --rows 1 --weights int4 --tokens 2 --output".split()
+    arguments = "profile --part voice_lm --context 20 --rows 1 --weights int4 --tokens 10 --output".split()
     monkeypatch.setattr(sys, "argv", ["minmo", *arguments, str(tmp_path)])
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -140,3 +140,41 @@ def test_text_that_is_written_beside_the_sound_changes_nothing(model, monkeypatc
     assert len(threads) == 1 and threads.pop().startswith("minmo-speech")
     for one, other in zip(apart, beside, strict=True):
         assert one.text == other.text and len(one.audio) and np.array_equal(one.audio, other.audio)
+
+
+def test_a_refused_turn_changes_nothing(model):
+    with Session(model, 1, QUIET, 40) as session:
+        session.read([[1, 2, 3]])
+        converse(session, 0)
+        before, turns = context(session), [list(turn) for turn in session._turns]
+        with pytest.raises(ValueError, match="context holds 40"):
+            session.open_turn([[7]], [list(range(50))])
+        assert torch.equal(context(session)[1], before[1]) and len(session._turns) == len(turns)
+        assert [len(turn) for turn in session._turns] == [len(turn) for turn in turns]
+        session.open_turn([[7]], [[5]])
+
+
+def test_a_session_without_sound_is_new_after_a_fault(model):
+    with Session(model, 2, QUIET, 60) as session:
+        session.read([[1, 2, 3], [4, 5]])
+        for cache in session._state.llm.layers:
+            cache.v[0] = torch.nan
+        session.read([[6], [7]])
+        pieces = list(session.answer())
+        assert pieces[-1][0].fault and not pieces[-1][1].fault and not pieces[-1][0].text
+        assert session._state.llm.lengths[0] == 0 and session._state.llm.lengths[1] > 0
+        session.read([[1, 2, 3], [4, 5]])
+        assert not any(piece.fault for pieces in session.answer() for piece in pieces)
+
+
+@pytest.mark.parametrize("part", ["voice decoder", "predictor"])
+def test_broken_heads_are_named(part):
+    broken = minmo.load("nano", device="cpu")
+    with torch.no_grad():
+        (broken.duplex.turn_taking if part == "predictor" else broken.voice_decoder.head).bias[0] = torch.nan
+    with pytest.raises(FloatingPointError, match=part):
+        if part == "predictor":
+            sound = torch.full((3 * TICK,), 1e-3).numpy()
+            list(minmo.full_duplex(broken, [minmo.VoiceInput(sound, 0.0)], QUIET))
+        else:
+            minmo.ask(broken, "seven", minmo.Settings(max_text_tokens=7, max_speech_ratio=3))

@@ -38,10 +38,12 @@ def test_kernels_compile_within_their_budgets(sm, name):
     unknown = dict.fromkeys(("stack", "rate", "flight"), "this version of Triton has no budgets for this GPU")
     faults = []
     for record in found:
-        budget, proof = budgets.get(f"sm_{sm} {record.key}"), gate.proof(record, sm)
-        if budget is not None and budget.get("proved") == proof and int(proof, 16) % SAMPLE:
-            continue
-        binary, reasons = compiled(record, sm), gate.reasons_for(BUDGETS, record) if known else unknown
+        budget = budgets.get(f"sm_{sm} {record.key}")
+        reasons = gate.reasons_for(BUDGETS, record) if known else unknown
+        if budget is not None and budget.get("proved") == (proof := gate.proof(record, sm, budget, reasons)):
+            if int(proof, 16) % SAMPLE:
+                continue
+        binary = compiled(record, sm)
         for fault in gate.faults(record, binary, sm, budget, known=known, reasons=reasons):
             faults.append(f"{record.key}: {fault}")
     assert not faults, "\n".join(faults)
@@ -52,10 +54,18 @@ def test_whatever_decides_a_binary_changes_its_proof():
     options = {**record.options, "num_warps": 2 * record.options.get("num_warps", 4)}
     constants = {name: 2 * value for name, value in record.constants.items()}
     arguments = tuple(a.half() if isinstance(a, torch.Tensor) else a for a in record.arguments)
-    changed = [replace(record, options=options), replace(record, constants=constants)]
-    changed += [replace(record, arguments=arguments)]
-    proofs = [gate.proof(record, 80), *(gate.proof(r, 90) for r in (record, *changed))]
-    assert len(set(proofs)) == len(proofs) and gate.proof(record, 90) in proofs
+    changed = [
+        replace(record, **{field: value})
+        for field, value in (
+            ("options", options), ("constants", constants), ("arguments", arguments), ("grid", (7, 1, 1))
+        )
+    ]  # fmt: skip
+    budget, reasons = {"registers": 32, "proved": "before"}, {"stack": "said"}
+    proofs = [gate.proof(r, 90, budget, reasons) for r in (record, *changed)]
+    proofs += [gate.proof(record, 80, budget, reasons), gate.proof(record, 90, {"registers": 40}, reasons)]
+    proofs += [gate.proof(record, 90, budget, {})]
+    assert len(set(proofs)) == len(proofs)
+    assert gate.proof(record, 90, {**budget, "proved": "now"}, reasons) == proofs[0]
 
 
 def test_bytes_are_counted_by_the_width_of_a_load():
