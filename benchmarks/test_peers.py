@@ -3,8 +3,8 @@
     pytest benchmarks/ --benchmark-only -k peer [--preset minmo-8b] [--benchmark-json FILE]
 
 Every round runs each contender once, so that what slows the machine slows them all; figures are medians of the rounds,
-ratios are to the first contender. Results are compared before anything is timed, but for those that other noise is drawn
-into (streamed flow, vocoder: the tests hold them against golden tensors).
+ratios are to the first contender. Results are compared before anything is timed, but for those into which other noise
+is drawn (streamed flow, vocoder: the tests hold them against golden tensors).
 """
 
 from __future__ import annotations
