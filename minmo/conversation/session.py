@@ -6,13 +6,10 @@ different times, and none changes another's output.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +19,11 @@ import minmo_kernels as mk
 from minmo.clock import now
 from minmo.config import TICK, is_real, is_whole
 from minmo.conversation import timings as T
-from minmo.conversation.timings import Timings
+from minmo.conversation.beside import beside
+from minmo.conversation.timings import Clock, Timings
 from minmo.model import MOST_POSITIONS, MinMo, MinMoState, SpeakingState
 from minmo.state import all_rows, join_all, read_rows, take, valid, write_rows
 from minmo.tokenizer.text import TextStream
-
-SPEAK_BESIDE = False
-"""Whether a CPU, too, speaks a block of text while it writes the next, which takes two cores."""
 
 TEXT_STREAM = 1
 """Random stream of text sampling (the voice decoder and token2wav have their own)."""
@@ -196,7 +191,7 @@ class Session:
         new = [closing, fresh]
         again = int((have + closing[1]).max()) > room
         if again:
-            while len(turns) > 1 and int(join_all(_flat(turns))[1].max()) > room:
+            while len(turns) > 1 and int(torch.stack([n for _, n in _flat(turns)]).sum(dim=0).max()) > room:
                 del turns[1]
             have, new = torch.zeros_like(have), [*_flat(turns), fresh]
         x, lengths = join_all(new)
@@ -255,7 +250,7 @@ class Session:
         """
         if forced is None:
             self._check_room(torch.full_like(self.rows, self.settings.max_text_tokens))
-        clock = _Clock(self.timings, self.device)
+        clock = Clock(self.timings, self.device)
         texts = [TextStream(self.tokenizer) for _ in range(self.batch)]
         writing = torch.ones(self.batch, dtype=torch.bool, device=self.device)
         speaking = torch.full_like(writing, self.settings.speak)
@@ -264,7 +259,7 @@ class Session:
         self._query.clear()
         written, faults, dropped = 0, [""] * self.batch, set[int]()
         ahead, first = None, True
-        with _beside(self.device) as begin:
+        with beside(self.device) as begin:
             while bool((writing | speaking).any()):
                 block = ahead or self._write(writing, written, forced, clock, faults)
                 hidden, embedding, counts, ids = block
@@ -332,7 +327,7 @@ class Session:
         writing: Tensor,
         written: int,
         forced: Sequence[Sequence[int]] | None,
-        clock: _Clock,
+        clock: Clock,
         faults: list[str],
     ) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
         """Draws the next block of text: states and embeddings (batch, block, dim), counts (batch,), ids an entry.
@@ -426,7 +421,7 @@ class Session:
         counts: Tensor,
         text_done: Tensor,
         speaking: Tensor,
-        clock: _Clock,
+        clock: Clock,
         faults: list[str],
     ) -> tuple[list[np.ndarray], Tensor]:
         """Semantic vectors -> speech tokens -> mel -> sound of each entry, and which entries have finished.
@@ -466,68 +461,5 @@ class Session:
         return torch.tensor(list(values), dtype=torch.int32, device=self.device)
 
 
-_Result = TypeVar("_Result")
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all replies: memory and workspaces stay with a stream."""
-    return torch.cuda.Stream(device)
-
-
-@contextlib.contextmanager
-def _beside(device: torch.device) -> Iterator[Callable[[Callable[[], _Result]], Callable[[], _Result]]]:
-    """Gives what begins a call and returns what waits for its result: on a GPU the call runs on a stream and in a
-    thread of its own, beside what its caller does next; on a CPU at once.
-
-    A call must end with its results on the host: by then its stream has finished, and memory may be reused.
-    """
-    if device.type != "cuda" and not SPEAK_BESIDE:
-        yield lambda call: functools.partial(_given, call())
-        return
-    stream = _stream(device) if device.type == "cuda" else None
-
-    def begin(call: Callable[[], _Result]) -> Callable[[], _Result]:
-        ready = None if stream is None else torch.cuda.current_stream(device).record_event()
-
-        def run() -> _Result:
-            with torch.inference_mode(), torch.cuda.stream(stream):
-                if stream is not None and ready is not None:
-                    stream.wait_event(ready)
-                return call()
-
-        return worker.submit(contextvars.copy_context().run, run).result
-
-    with ThreadPoolExecutor(1, "minmo-speech") as worker:
-        yield begin
-
-
-def _given(result: _Result) -> _Result:
-    return result
-
-
 def _flat(turns: list[list[tuple[Tensor, Tensor]]]) -> list[tuple[Tensor, Tensor]]:
     return [piece for turn in turns for piece in turn]
-
-
-class _Clock:
-    """Times one answer: laps between neighbouring events, marks (once each) from the end of the input."""
-
-    def __init__(self, timings: Timings, device: torch.device) -> None:
-        self._timings, self._device = timings, device
-        self._start = self._last = now(device)
-        self._marked: set[str] = set()
-
-    def skip(self) -> None:
-        """The next lap begins here."""
-        self._last = now(self._device)
-
-    def lap(self, stage: str) -> None:
-        """Adds the time since the last lap to a stage."""
-        last, self._last = self._last, now(self._device)
-        self._timings.add(stage, self._last - last)
-
-    def mark(self, stage: str) -> None:
-        if stage not in self._marked:
-            self._marked.add(stage)
-            self._timings.add(stage, now(self._device) - self._start)

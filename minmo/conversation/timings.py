@@ -74,3 +74,26 @@ class Timings:
     def table(self) -> list[tuple[str, int, float, float]]:
         """(stage, number of samples, p50 ms, p95 ms) for every stage that was measured."""
         return [(s, len(v), 1e3 * percentile(v, 50), 1e3 * percentile(v, 95)) for s, v in self.samples.items() if v]
+
+
+class Clock:
+    """Times one answer: laps between neighbouring events, marks (once each) from the end of the input."""
+
+    def __init__(self, timings: Timings, device: torch.device) -> None:
+        self._timings, self._device = timings, device
+        self._start = self._last = now(device)
+        self._marked: set[str] = set()
+
+    def skip(self) -> None:
+        """The next lap begins here."""
+        self._last = now(self._device)
+
+    def lap(self, stage: str) -> None:
+        """Adds the time since the last lap to a stage."""
+        last, self._last = self._last, now(self._device)
+        self._timings.add(stage, self._last - last)
+
+    def mark(self, stage: str) -> None:
+        if stage not in self._marked:
+            self._marked.add(stage)
+            self._timings.add(stage, now(self._device) - self._start)

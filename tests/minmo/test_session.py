@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import minmo
-import minmo.conversation.session as session_module
+import minmo.conversation.beside as beside_module
 from minmo.config import TICK
 from minmo.conversation.session import Session
 from minmo.state import read_rows
@@ -135,7 +135,7 @@ def test_text_that_is_written_beside_the_sound_changes_nothing(model, monkeypatc
     threads = set()
     step = engine.vocoder.step
     monkeypatch.setattr(engine.vocoder, "step", lambda *a: (threads.add(threading.current_thread().name), step(*a))[1])
-    monkeypatch.setattr(session_module, "SPEAK_BESIDE", True)
+    monkeypatch.setattr(beside_module, "SPEAK_BESIDE", True)
     beside = minmo.ask(engine, ["two plus three", "seven"], settings)
     assert len(threads) == 1 and threads.pop().startswith("minmo-speech")
     for one, other in zip(apart, beside, strict=True):
