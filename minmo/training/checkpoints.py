@@ -48,6 +48,12 @@ def whole(out: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest(out: Path) -> str:
+    """In words, for errors."""
+    found = whole(out)
+    return f"the last whole checkpoint is {found[-1].name if found else 'none'}"
+
+
 def step_of(checkpoint: Path) -> int:
     match = _WHOLE.fullmatch(checkpoint.name)
     if match is None:
@@ -191,10 +197,9 @@ class Checkpoints:
         except BaseException as error:
             free = shutil.disk_usage(self._out).free / 1e6
             shutil.rmtree(part, ignore_errors=True)  # what was written of it fills the disk
-            last = whole(self._out)
             raise TrainingError(
                 f"{final.name} could not be written to {self._out} ({free:.0f} MB are free there; {_cause(error)}); "
-                f"the last whole checkpoint is {last[-1].name if last else 'none'}: make room and start again"
+                f"{newest(self._out)}: make room and start again"
             ) from error
         stays = {*whole(self._out)[-self._settings.keep :], at_best.checkpoint if at_best else final}
         for old in whole(self._out):

@@ -18,6 +18,7 @@ are taken to be constant. Seconds and items a second are of the clock.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import math
 import time
@@ -31,7 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from minmo.training.checkpoints import Checkpoints, whole
+from minmo.training.checkpoints import Checkpoints, newest, whole
 from minmo.training.contract import Loader, Objective
 from minmo.training.optimizer import adamw, gradient_norm, set_lr
 from minmo.training.parallel import Processes, processes, spread, trained
@@ -85,11 +86,15 @@ def fit(
             # PyTorch raises it from wherever the main thread is when the process dies.
             if "DataLoader worker" not in str(error):
                 raise
-            last = whole(Path(out))
             raise TrainingError(
-                f"a process of the data loader died ({str(error).splitlines()[0]}), often for lack of memory; the last "
-                f"whole checkpoint is {last[-1].name if last else 'none'}: start again to continue, with fewer workers "
-                "or smaller batches if it comes back"
+                f"a process of the data loader died ({str(error).splitlines()[0]}), often for lack of memory; "
+                f"{newest(Path(out))}: start again to continue, with fewer workers or smaller batches if it comes back"
+            ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise TrainingError(
+                f"log could not be written to {out} ({error.strerror}); {newest(Path(out))}: make room and start again"
             ) from error
 
 
@@ -121,7 +126,6 @@ class _Run:
     def train(self, validate: Validate | None, samples: Samples | None) -> Result:
         settings, here, checkpoints = self.settings, self.here, self.checkpoints
         first = checkpoints.resume()
-        self._seed(first, "loader")
         batches = self._batches()
         clock, items = time.monotonic(), 0
         with ExitStack() as stack:
@@ -170,7 +174,7 @@ class _Run:
         if failed:
             self.checkpoints.settle()
         share = {n: objective.weights[n] / count if count else 0.0 for n, count in zip(self.names, counts, strict=True)}
-        sums = torch.zeros(len(self.names), dtype=torch.float64)
+        sums = torch.zeros(len(self.names), dtype=torch.float64, device=here.device)
         for index, (batch, _) in enumerate(micro):
             self._seed(step, index)
             with torch.autocast(here.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -181,7 +185,7 @@ class _Run:
                     "no trained parameter has a part in the losses of forward: join them, as `x.sum() * 0`"
                 )
             total.backward()
-            sums += torch.stack([losses[name].detach() for name in self.names]).double().cpu()
+            sums += torch.stack([losses[name].detach() for name in self.names])
         parts = dict(zip(self.names, here.sum(sums.tolist()), strict=True))
         loss = sum(share[name] * parts[name] for name in self.names)
         norm = gradient_norm(self.parameters)

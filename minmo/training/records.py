@@ -69,7 +69,7 @@ class Records:
 
     def curve(self) -> None:
         """Draws `loss.png`: every loss and the validation score over steps."""
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(8, 5))
         axes = figure.add_subplot()
         lines: dict[str, list[tuple[int, float]]] = {}
         for record in read_log(self._out):
@@ -80,7 +80,7 @@ class Records:
                     lines.setdefault("validation score", []).append((record["step"], value))
         for name, points in lines.items():
             axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
-        if lines and all([value > 0 for points in lines.values() for _, value in points]):
+        if lines and all([not value <= 0 for points in lines.values() for _, value in points]):
             axes.set_yscale("log")
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
