@@ -44,6 +44,15 @@ POISON = 5
 """The item that some data makes harmful."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _light_collections():
+    """Every run and fork collects garbage: not through all of PyTorch's modules each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 class Items(torch.utils.data.Dataset):
     """Item i has i % 3 + 1 targets for one loss, and one for the other if i is odd. worst: gain of item POISON's."""
 
