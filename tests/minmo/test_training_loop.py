@@ -398,16 +398,21 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, reference, limit):
     close(losses(tmp_path), reference)
 
 
-def test_no_space_left_is_told(tmp_path, monkeypatch):
-    """The error of a full disk itself, put in the place of the new name."""
+def test_no_space_left_is_told_before_the_next_save(tmp_path, monkeypatch):
+    """The error of a full disk itself, put in the place of the new name of step 3; the next save would be at step 6."""
 
     def full(*args):
         raise OSError(28, "No space left on device")
 
+    def until_it_failed(calls):
+        while calls == 4 and list(tmp_path.glob("*.tmp")):
+            time.sleep(0.01)
+
     monkeypatch.setattr(checkpoints.os, "rename", full)
+    toy = Toy(act=until_it_failed)
     with pytest.raises(TrainingError, match=r"MB are free there; \[Errno 28\] No space left .* is none: make room"):
-        fit(Toy(), loader(), settings(), tmp_path)
-    assert not list(tmp_path.glob("step-*"))
+        fit(toy, loader(), settings(save_every=3), tmp_path)
+    assert toy.calls < 6 and not list(tmp_path.glob("step-*"))
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
