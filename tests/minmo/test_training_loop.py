@@ -5,6 +5,7 @@ Children are forked, so that they do not import PyTorch again; the two-process r
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
@@ -165,11 +166,18 @@ def close(run, reference, rel=1e-4):
 
 
 def forked(target, *args):
-    """Exit code of a child process."""
+    """Exit code of a child process; the processes that it leaves behind when it is killed end with it."""
+
+    def alone():
+        os.setsid()
+        target(*args)
+
     gc.collect()  # what a run that was interrupted holds must not be collected in the child
-    child = multiprocessing.get_context("fork").Process(target=target, args=args)
+    child = multiprocessing.get_context("fork").Process(target=alone)
     child.start()
     child.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
     return child.exitcode
 
 
