@@ -169,10 +169,10 @@ def forked(target, *args):
     """Exit code of a child process; the processes that it leaves behind when it is killed end with it."""
 
     def alone():
+        gc.freeze()  # what the parent left is not the child's to end: threads that it would wait for are not here
         os.setsid()
         target(*args)
 
-    gc.collect()  # what a run that was interrupted holds must not be collected in the child
     child = multiprocessing.get_context("fork").Process(target=alone)
     child.start()
     child.join()
@@ -241,6 +241,7 @@ def test_a_step_is_the_mean_over_all_targets(tmp_path, reference, accumulate):
 
 def in_two_processes(out):
     """All that is asked of two processes, one run after the other."""
+    gc.freeze()  # as in `forked`
     out = Path(out)
     with processes() as here:
         mine = {"rank": here.rank, "world": here.world}
@@ -289,7 +290,6 @@ def test_two_processes(tmp_path, reference):
         min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d", rdzv_endpoint="localhost:0", run_id="test",
         start_method="fork", monitor_interval=0.1,
     )  # fmt: skip
-    gc.collect()
     elastic_launch(launch, in_two_processes)(str(tmp_path))
     two = losses(tmp_path / "two")
     close([r for r in two if r["kind"] == "train"], reference)
