@@ -1,0 +1,226 @@
+"""What the full-duplex predictor learns: labels of an open user turn from the times of a dialogue's events, and scores.
+
+Source: arXiv 2501.06282, section 3.4. The assistant's turn begins where the user's ends; the user takes the turn back T
+after the assistant's end, T ~ N(0.6, 0.4^2) s, or by barging in; a back-channel is a voice that does not. Labels are 0,
+then 1 on the last positions of the open turn. Times are samples of 16 kHz, and voices lie without silence around them:
+an event ends at the voice's last sound. LLM positions of 80 ms count on one grid over the whole dialogue; a position
+belongs to what has happened when it is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from minmo.config import SAMPLE_RATE, TICK
+from minmo.data.draws import draws
+from minmo.tokenizer.text import CHAT, TextTokenizer
+
+UNSUPERVISED = -100
+"""Label of a position that has no part in the loss."""
+SOUND = -1
+"""Stands for an LLM position of sound in a list of token ids."""
+ANSWER_GAP = 8 * TICK
+"""Samples after the user's end during which the answer is due: the positive positions of turn taking."""
+DELAY_MEAN, DELAY_DEVIATION = 0.6, 0.4
+
+KINDS = {
+    "user": "a turn of the user's that begins while the assistant is silent",
+    "barge_in": "a turn of the user's that begins while the assistant speaks, and takes over",
+    "backchannel": "the user's voice while the assistant speaks, without taking over",
+    "assistant": "a turn of the assistant's; its text is what was heard of it",
+    "pause": "silence inside a turn of the user's; its text is what was said before it, where known",
+    "noise": "a sound in the user's channel that is no voice",
+}
+USER_TURNS = ("user", "barge_in")
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happens from sample `start` to before sample `end` of a dialogue; kind: one of KINDS."""
+
+    kind: str
+    start: int
+    end: int
+    text: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """One open user turn and its labels.
+
+    closed: the exchanges before it, (the user's LLM positions, the assistant's text); the text is empty where the reply
+    is still being spoken. open: LLM positions of the open turn. turn_taking, barge_in: (len(open),) int64 of 0, 1 and
+    UNSUPERVISED.
+    """
+
+    closed: tuple[tuple[range, str], ...]
+    open: range
+    turn_taking: np.ndarray = field(repr=False)
+    barge_in: np.ndarray = field(repr=False)
+
+
+def position(sample: int) -> int:
+    """The first LLM position that is complete after a sample of 16 kHz."""
+    return sample // TICK
+
+
+def turn_delay(dialogue: str, turn: int) -> int:
+    """T of the paper in samples: from the assistant's end to the dialogue's user turn of that number (0, 1, …).
+
+    Drawn anew until it is positive: a user who begins before the assistant's end barges in, at a time of their own.
+    """
+    generator = draws("turn delay", dialogue, turn)
+    while (delay := round(SAMPLE_RATE * generator.normal(DELAY_MEAN, DELAY_DEVIATION))) <= 0:
+        pass
+    return delay
+
+
+def samples(dialogue: str, events: Sequence[Event], length: int) -> list[Sample]:
+    """The training samples of one dialogue of `length` samples, in order; `dialogue` names it for `turn_delay`.
+
+    While a reply is being spoken, barge-in is decided under `closed` with an empty reply; afterwards, turn taking under
+    what was heard of it. Both rows hold the user's channel since the answer was decided. Raises ValueError for events
+    that are no dialogue (`check_events`).
+    """
+    check_events(events, length)
+    users = [e for e in events if e.kind in USER_TURNS]
+    replies = [e for e in events if e.kind == "assistant"]
+    voices = [e.start for e in events if e.kind in (*USER_TURNS, "backchannel")]
+    found: list[Sample] = []
+    closed: tuple[tuple[range, str], ...] = ()
+    begin, silent_from = 0, 0
+    for turn in range(len(replies) + 1):
+        user = users[turn] if turn < len(users) else None
+        if turn:
+            reply, silent_from = replies[turn - 1], replies[turn - 1].end
+            point, stop = reply.end, reply.end
+            if user:
+                taken = user.start if user.kind == "barge_in" else reply.end + turn_delay(dialogue, turn)
+                point, stop = min(taken, user.end), user.end
+            listening = (*closed[:-1], (closed[-1][0], ""))
+            open_turn = range(begin, position(stop))
+            found.append(Sample(listening, open_turn, *_labels(open_turn, barge_in=(begin, position(point)))))
+        stop = length
+        if user:
+            stop = min([user.end + ANSWER_GAP, length, *(start for start in voices if start > user.end)])
+        open_turn, point = range(begin, position(stop)), position(user.end if user else length)
+        found.append(Sample(closed, open_turn, *_labels(open_turn, turn_taking=(position(silent_from), point))))
+        if turn < len(replies) and user:
+            closed = (*closed, (range(begin, point + 1), replies[turn].text))
+            begin = point + 1
+    return [s for s in found if (s.turn_taking >= 0).any() or (s.barge_in >= 0).any()]
+
+
+def check_events(events: Sequence[Event], length: int) -> None:
+    """Raises ValueError, in one sentence, unless the events are a dialogue that lies within `length` samples."""
+    before = None
+    for n, event in enumerate(events):
+        where = f"event {n} ({event.kind!r:.30} from {event.start} to {event.end})"
+        if event.kind not in KINDS:
+            raise ValueError(f"{where} is of no known kind; use one of {', '.join(KINDS)}")
+        if not 0 <= event.start < event.end <= length:
+            raise ValueError(f"{where} must end after it starts, within the {length} samples (16 kHz) of the dialogue")
+        if n and event.start < events[n - 1].start:
+            raise ValueError(f"{where} starts before the event that precedes it; sort events by their start")
+        speaking = before is not None and before.kind == "assistant" and event.start < before.end
+        if event.kind == "user" and speaking:
+            raise ValueError(f"{where} starts while the assistant speaks; call it a barge_in or a backchannel")
+        if event.kind in ("barge_in", "backchannel") and not speaking:
+            raise ValueError(f"{where} must start while the assistant speaks; call it a turn of the user's")
+        if event.kind == "assistant" or event.kind in USER_TURNS:
+            if (before is None or before.kind == "assistant") == (event.kind == "assistant"):
+                raise ValueError(f"{where} is out of turn; a user's turn comes first, then replies and turns alternate")
+            before = event
+
+
+def _labels(
+    open_turn: range, *, turn_taking: tuple[int, int] | None = None, barge_in: tuple[int, int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The two label sequences; each is given as its first supervised and its first positive position, or not at all."""
+    positions = np.arange(open_turn.start, open_turn.stop)
+    rows = []
+    for spans in (turn_taking, barge_in):
+        row = np.full(len(positions), UNSUPERVISED, dtype=np.int64)
+        if spans is not None:
+            row = np.where(positions >= spans[0], (positions >= spans[1]).astype(np.int64), row)
+        rows.append(row)
+    return rows[0], rows[1]
+
+
+def listening_context(
+    tokenizer: TextTokenizer, closed: Sequence[tuple[str | Sequence[int], str]], open_turn: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """What the LLM has read when a position of an open user turn is decided -> (ids, positions), of equal length.
+
+    closed: exchanges before the turn, each (typed text or LLM positions of sound, the assistant's text). The reply that
+    is still being spoken is empty here: its own row goes on from the same prefix, and sound is never put into it. Where
+    ids holds SOUND, positions tells which LLM position of sound stands there; elsewhere it is SOUND.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+
+    def put(content: str | Sequence[int]) -> None:
+        text = tokenizer.encode(content) if isinstance(content, str) else [SOUND] * len(content)
+        ids.extend(text)
+        positions.extend([SOUND] * len(text) if isinstance(content, str) else content)
+
+    def control(tokens: list[int]) -> None:
+        ids.extend(tokens)
+        positions.extend([SOUND] * len(tokens))
+
+    for n, (user, assistant) in enumerate(closed):
+        prefix, suffix = tokenizer.turn(CHAT, first=n == 0, typed=isinstance(user, str))
+        control(prefix)
+        put(user)
+        control(suffix)
+        put(assistant)
+    control(tokenizer.turn(CHAT, first=not closed)[0])
+    put(open_turn)
+    return ids, positions
+
+
+@dataclass(frozen=True)
+class Score:
+    """How decisions met events: `hits` of both."""
+
+    hits: int
+    decisions: int
+    events: int
+
+    @property
+    def precision(self) -> float:
+        return self.hits / self.decisions if self.decisions else float("nan")
+
+    @property
+    def recall(self) -> float:
+        return self.hits / self.events if self.events else float("nan")
+
+    @property
+    def f1(self) -> float:
+        """Positive F1; NaN where there is neither a decision nor an event."""
+        total = self.decisions + self.events
+        return 2 * self.hits / total if total else float("nan")
+
+
+def f1_at_k(decisions: Sequence[Sequence[int]], events: Sequence[Sequence[int]], k: int) -> Score:
+    """Scores decisions against events, LLM positions in one list a dialogue each, pooled over dialogues.
+
+    A hit is |decision - event| <= k positions of 80 ms; each decision and each event counts in one hit at most, and as
+    many hits as possible are found. Raises ValueError for another number of lists or a negative k.
+    """
+    if k < 0:
+        raise ValueError(f"k counts LLM positions and must not be negative, got {k}")
+    if len(decisions) != len(events):
+        raise ValueError(f"there are decisions of {len(decisions)} dialogues and events of {len(events)}")
+    hits = 0
+    for made, due in zip(decisions, events, strict=True):
+        waiting = sorted(made)
+        for event in sorted(due):  # the earliest decision still near enough leaves most to later events
+            waiting = [d for d in waiting if d >= event - k]
+            if waiting and waiting[0] <= event + k:
+                del waiting[0]
+                hits += 1
+    return Score(hits, sum(map(len, decisions)), sum(map(len, events)))
