@@ -3,8 +3,8 @@
 Source: arXiv 2501.06282, section 3.4. The assistant's turn begins where the user's ends; the user takes the turn back T
 after the assistant's end, T ~ N(0.6, 0.4^2) s, or by barging in; a back-channel is a voice that does not. Labels are 0,
 then 1 on the last positions of the open turn. Times are samples of 16 kHz, and voices lie without silence around them:
-an event ends at the voice's last sound. LLM positions of 80 ms count on one grid over the whole dialogue; a position
-belongs to what has happened when it is complete.
+an event ends at the voice's last sound, or where a reply was cut off. LLM positions of 80 ms count on one grid over the
+whole dialogue; a position belongs to what has happened when it is complete.
 """
 
 from __future__ import annotations

@@ -101,7 +101,11 @@ class Manifest:
             raise DataError(f"{self.path} is damaged ({error}); write it again", "damaged manifest") from None
 
     def _shar(self) -> Iterator[Cut]:
-        return iter(CutSet.from_shar(in_dir=self.path))
+        try:
+            yield from CutSet.from_shar(in_dir=self.path)
+        except Exception as error:  # lhotse's reader asserts, and passes on what tar, JSON and gzip raise
+            fix = "write it again with CutSet.to_shar"
+            raise DataError(f"{self.path} is damaged ({error!r:.100}); {fix}", "damaged manifest") from error
 
 
 def _parsed(line: str) -> Cut:
@@ -146,7 +150,7 @@ def validate(cut: Cut, limits: Limits = LIMITS) -> None:
     if not isinstance(cut, MonoCut):
         name = getattr(cut, "id", "without id")
         raise DataError(
-            f"line {name} is a {type(cut).__name__}; only MonoCuts can be used: save it as one", "no MonoCut"
+            f"cut {name} is a {type(cut).__name__}; only MonoCuts can be used: save it as one", "no MonoCut"
         )
     custom = cut.custom or {}
     name = custom.get("task")
@@ -215,8 +219,9 @@ def _check_target(cut: Cut, field: str, value: Any, limits: Limits) -> None:
     unaligned = cut.custom.get(f"{field}_unaligned", False)
     if cut.custom["task"] == "s2s" and unaligned is not True:
         raise _wrong(cut, field, f"has a length of its own: set {field}_unaligned to true", f"aligned {field}")
-    if not unaligned and cut.end > value.duration + 1e-3:
-        what = f"lasts {value.duration:g} s, less than its cut, which ends at {cut.end:g} s; correct the cut's duration"
+    end = cut.start + cut.duration  # lhotse's own `end` needs a recording
+    if not unaligned and end > value.duration + 1e-3:
+        what = f"lasts {value.duration:g} s, less than its cut, which ends at {end:g} s; correct the cut's duration"
         raise _wrong(cut, field, what, f"short {field}")
     if unaligned:
         _check_seconds(cut, field, value.duration, limits.min_seconds, limits.max_seconds)
@@ -230,7 +235,7 @@ def _check_events(cut: Cut, field: str, value: Any, limits: Limits) -> None:
     for n, event in enumerate(value):
         if not (is_whole(event["start"]) and is_whole(event["end"]) and isinstance(event["kind"], str)):
             raise _wrong(cut, f"events[{n}]", "needs whole samples and a kind as text; write them so", f"wrong {field}")
-        if event.get("text"):
+        if event.get("text", "") != "":  # nothing need have been heard, or be known
             _check_text(cut, f"events[{n}].text", event["text"], limits)
     try:
         check_events([Event(**event) for event in value], round(cut.duration * SAMPLE_RATE))
@@ -257,8 +262,9 @@ def _check_times(cut: Cut, task: str, limits: Limits) -> None:
     if cut.recording is None:
         return
     _check_recording(cut, "recording", cut.recording)
-    if cut.start < 0 or cut.end > cut.recording.duration + 1e-3:
-        what = f"ends at {cut.recording.duration:g} s, the cut at {cut.end:g} s; correct the cut's start and duration"
+    end = cut.start + cut.duration
+    if cut.start < 0 or end > cut.recording.duration + 1e-3:
+        what = f"ends at {cut.recording.duration:g} s, the cut at {end:g} s; correct the cut's start and duration"
         raise _wrong(cut, "recording", what, "short recording")
 
 

@@ -54,7 +54,7 @@ class Conditions:
     reply_seconds: tuple[float, float] = (0.7, 1.2)
     """From the user's end to the assistant's first sound."""
     stop_seconds: tuple[float, float] = (0.2, 0.6)
-    """From the beginning of a barge-in to the assistant's last sound."""
+    """From the beginning of a barge-in to where the assistant's turn is cut off."""
     lead_seconds: tuple[float, float] = (0.3, 1.5)
     tail_seconds: tuple[float, float] = (1.0, 4.0)
     """The user's silence before the first turn, and after all voices."""
@@ -209,6 +209,11 @@ def _burst(material: Material, name: str, turn: int) -> np.ndarray:
     return generator.standard_normal(size) * np.exp(-4 * np.arange(size) / size)
 
 
+def _fast(size: int) -> int:
+    """A size of Fourier transform that is as long and quick: the next power of two."""
+    return 1 << (size - 1).bit_length()
+
+
 def _noise(material: Material, length: int, name: str) -> np.ndarray:
     """(length,): a recorded noise from a drawn place on, over and over, or pink noise."""
     generator = draws(name, "noise")
@@ -216,8 +221,8 @@ def _noise(material: Material, length: int, name: str) -> np.ndarray:
         sound = material.noises[int(generator.integers(len(material.noises)))]
         voiced(sound)
         return np.resize(np.roll(sound, -int(generator.integers(len(sound)))), length).astype(np.float64)
-    spectrum = np.fft.rfft(generator.standard_normal(length))
-    return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), length)
+    spectrum = np.fft.rfft(generator.standard_normal(_fast(length)))
+    return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)))[:length]
 
 
 def _echo(assistant: np.ndarray, name: str) -> np.ndarray:
@@ -226,5 +231,5 @@ def _echo(assistant: np.ndarray, name: str) -> np.ndarray:
     tail = generator.standard_normal(5 * FRAME) * np.exp(-6 * np.arange(5 * FRAME) / (5 * FRAME))
     tail[0] = 4.0
     room = np.concatenate([np.zeros(int(generator.integers(FRAME, 6 * FRAME))), tail])
-    size = len(assistant) + len(room)
+    size = _fast(len(assistant) + len(room))
     return np.fft.irfft(np.fft.rfft(assistant, size) * np.fft.rfft(room, size), size)[: len(assistant)]
