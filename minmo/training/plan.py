@@ -1,0 +1,363 @@
+"""The dry run of a training stage: its sizes, memory and arithmetic, computed on the meta device.
+
+Everything is counted from the names and shapes of the model's parameters and a table of how often each part runs in a
+second of sound; nothing is measured, and so there are no hours of any machine here.
+
+Memory of a GPU under FSDP2, in bytes: what a stage runs is sharded evenly. A frozen parameter takes its precision's 2
+or 4; one that trains takes 4 (fp32), 4 for its gradient and 8 for AdamW's two states. A block is gathered whole in the
+precision of the arithmetic while it runs, with its gradient where it trains; parameters outside of numbered blocks are
+one block a part. A second block that is fetched ahead, temporary buffers and the allocator's waste are not counted.
+
+Activations, in elements a position, where a gradient passes: each weight matrix keeps its input and its output. With
+checkpointing each block keeps its input, and the largest block is computed again and kept whole. Logits come on top,
+in the arithmetic's precision and once more in fp32. Attention is taken to keep no scores.
+
+Arithmetic, in FLOPs a parameter and position: 2 forward; 2 more where a gradient passes to what lies before; 2 more for
+the gradient of what trains: 6 N for what trains, 4 N for what is frozen behind it, 2 N for what is frozen before it.
+Checkpointing adds 2 N wherever a gradient passes. Tables that are only looked up count nothing, and neither does the
+LLM's head where no loss is on text; attention scores are left out, and every position is taken through the heads.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+from torch import nn
+
+from minmo.config import MinMoConfig, load_config
+from minmo.model import MinMo, NothingDrawn, shapes
+from minmo.training.lora import adapters, attach
+from minmo.training.recipe import Corpus, Recipe, load_recipe, recipes
+from minmo.training.stages import STAGES, Stage
+
+GPUS = (8, 64, 512)
+SAMPLE_SECONDS, TEXT_RATE, PROMPT = 10.0, 4.0, 20
+"""Taken for a plan: sound of one sample, text tokens in a second of speech, positions of ChatML in a sample. In a
+spoken turn (s2s) half of the sound is the user's and half the reply's."""
+READ = TEXT_RATE + PROMPT / SAMPLE_SECONDS
+"""Text positions of the LLM in a second."""
+
+LLM, SPEAKER, TOKENS = "llm.", "voice_decoder.output_projector.", "voice_decoder."
+HEAR = (("encoder.", 25.0), ("projector.", 12.5))
+SAY = ((LLM, READ), (SPEAKER, TEXT_RATE), (TOKENS, 25 + TEXT_RATE + 2 / SAMPLE_SECONDS))
+RUNS: dict[str, tuple[tuple[str, float], ...]] = {
+    "text-lm": ((LLM, TEXT_RATE),),
+    "encoder": (("encoder.", 25.0),),
+    "speech-tokenizer": (("speech_tokenizer.", 25.0),),
+    "pre-align": (*HEAR, (LLM, 12.5 + READ)),
+    "full-align": (*HEAR, (LLM, 12.5 + READ)),
+    "sft": (*HEAR, (LLM, 12.5 + READ)),
+    "flow": (("flow.", 50.0),),
+    "vocoder": (("vocoder.", 50.0),),
+    "voice-lm": SAY,
+    "t2s-projector": SAY,
+    "t2s": SAY,
+    "s2s": (
+        *((part, rate / 2) for part, rate in HEAR),
+        (LLM, (12.5 + TEXT_RATE) / 2 + PROMPT / SAMPLE_SECONDS),
+        (SPEAKER, (12.5 + TEXT_RATE) / 2),
+        (TOKENS, (25 + 12.5 + TEXT_RATE) / 2 + 2 / SAMPLE_SECONDS),
+    ),
+    "duplex": (*HEAR, (LLM, 12.5 + PROMPT / SAMPLE_SECONDS), ("duplex.", 12.5)),
+}
+"""The parts of MinMo that a stage runs, in the order of the data's flow, and their positions in a second of sound."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter. rate: its positions in a second; inputs, outputs: elements of its matrix a position, 0 for what
+    is none; passes: whether gradients pass through it; idle: whether it multiplies nothing; logits: whether its outputs
+    are such."""
+
+    name: str
+    part: str
+    block: str
+    numel: int
+    rate: float
+    inputs: int
+    outputs: int
+    trains: bool
+    passes: bool
+    idle: bool
+    logits: bool
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU of `gpus`."""
+
+    gpus: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    block: int
+
+    @property
+    def all(self) -> int:
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.block
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `show` prints. sizes: of each part of the model by its prefix, parameters and those of them that train (the
+    output projector is no part of `voice_decoder.` here); weights: of the parts that the stage runs. seconds: sound of
+    one optimizer step; hours: of the corpora."""
+
+    recipe: Recipe
+    stage: Stage
+    sizes: dict[str, tuple[int, int]]
+    weights: tuple[Weight, ...]
+    seconds: float
+    hours: float
+
+    @property
+    def trained(self) -> int:
+        return sum(w.numel for w in self.weights if w.trains)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of one pass over the corpora."""
+        return math.ceil(self.hours * 3600 / self.seconds)
+
+    @property
+    def flops(self) -> float:
+        """Of one second of sound."""
+        again = 2 * self._loop("checkpoint_activations", bool)
+        return sum(w.numel * w.rate * (2 + (2 + again) * w.passes + 2 * w.trains) for w in self.weights if not w.idle)
+
+    def memory(self, gpus: int) -> Memory:
+        """The module's docstring says what is counted."""
+        shards = gpus if self._loop("shard", bool) else 1
+        width = self.width
+        trained, frozen = self.trained, sum(w.numel for w in self.weights if not w.trains)
+        blocks = _sums(self.weights, lambda w: w.numel * width * (1 + w.trains))
+        return Memory(
+            gpus,
+            parameters=math.ceil((4 * trained + width * frozen) / shards),
+            gradients=math.ceil(4 * trained / shards),
+            optimizer=math.ceil(8 * trained / shards),
+            activations=math.ceil(self.activations * self.recipe.data.max_seconds / gpus),
+            block=max(blocks.values()) if shards > 1 else 0,
+        )
+
+    @property
+    def activations(self) -> float:
+        """Bytes that a second of sound keeps until its gradient."""
+        through = [w for w in self.weights if w.passes and not w.logits]
+        whole = _sums(through, lambda w: w.rate * (w.inputs + w.outputs))
+        kept = sum(whole.values())
+        if self._loop("checkpoint_activations", bool) and whole:
+            first: dict[str, float] = {}
+            for w in through:
+                if w.inputs:
+                    first.setdefault(w.block, w.rate * w.inputs)
+            kept = sum(first.values()) + max(whole.values())
+        logits = sum(w.rate * w.outputs for w in self.weights if w.passes and w.logits)
+        return kept * self.width + logits * (self.width + 4)
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number in the arithmetic."""
+        return {"fp32": 4, "bf16": 2}[self._loop("precision", str)]
+
+    @property
+    def run_steps(self) -> int:
+        """Optimizer steps that the recipe asks for."""
+        return self._loop("steps", int)
+
+    def _loop(self, name: str, kind: type) -> Any:
+        return _setting(self.recipe, name, kind)
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Raises ValueError for a loop without precision, steps, accumulate, shard or checkpoint_activations."""
+    config, stage = load_config(recipe.preset), STAGES[recipe.stage]
+    model = shapes(config)
+    if recipe.lora is not None:
+        with torch.device("meta"), NothingDrawn():
+            attach(model.llm, recipe.lora)
+    if _setting(recipe, "precision", str) not in ("fp32", "bf16"):
+        raise ValueError(f"loop.precision must be fp32 or bf16, got {recipe.loop['precision']!r}")
+    for name, kind in (("steps", int), ("shard", bool), ("checkpoint_activations", bool)):
+        _setting(recipe, name, kind)
+    sizes: dict[str, tuple[int, int]] = {}
+    for name, p in model.named_parameters():
+        part = SPEAKER if name.startswith(SPEAKER) else f"{name.partition('.')[0]}."
+        size, trains = sizes.get(part, (0, 0))
+        sizes[part] = (size + p.numel(), trains + p.numel() * _trains(name, p, stage))
+    hours = sum(c.hours if c.hours is not None else (c.samples or 0) * SAMPLE_SECONDS / 3600 for c in recipe.corpora)
+    seconds = recipe.data.max_seconds * _setting(recipe, "accumulate", int)
+    return Plan(recipe, stage, sizes, tuple(_weights(model, config, stage)), seconds, hours)
+
+
+def _weights(model: MinMo, config: MinMoConfig, stage: Stage) -> list[Weight]:
+    rates = dict(RUNS[stage.name])
+    order, prefixes = list(rates), sorted(rates, key=len, reverse=True)
+    matrices, tables = _matrices(model)
+    head = "llm.embedding.weight" if config.llm.tied else "llm.head.weight"
+    logits = {"voice_decoder.head.weight"}
+    if "text" in stage.losses:
+        logits.add(head)
+        tables.discard(head)
+        matrices[head] = (config.llm.dim, config.llm.vocab)
+    elif not config.llm.tied:
+        tables.add(head)
+    named = [(name, p, part) for name, p in model.named_parameters() if (part := _part(name, prefixes))]
+    first = min(order.index(part) for name, p, part in named if _trains(name, p, stage))
+    found = []
+    for name, p, part in named:
+        block = re.match(r".*?\.\d+(?=\.)", name)
+        inputs, outputs = matrices.get(name, (0, 0))
+        found.append(
+            Weight(
+                name, part, block[0] if block else part, p.numel(), _rate(name, rates[part], config), inputs, outputs,
+                trains=_trains(name, p, stage), passes=order.index(part) >= first, idle=name in tables,
+                logits=name in logits,
+            )
+        )  # fmt: skip
+    return found
+
+
+def _matrices(model: MinMo) -> tuple[dict[str, tuple[int, int]], set[str]]:
+    """Elements in and out of each matrix a position, by name, and the names of tables."""
+    matrices, tables = {}, set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            matrices[f"{name}.weight"] = (module.in_features, module.out_features)
+        elif isinstance(module, nn.ConvTranspose1d):
+            matrices[f"{name}.weight"] = (module.in_channels, module.out_channels * module.stride[0])
+        elif isinstance(module, nn.Conv1d):
+            matrices[f"{name}.weight"] = (module.in_channels, module.out_channels)
+        elif isinstance(module, nn.Embedding):
+            tables.add(f"{name}.weight")
+    matrices |= {name: (p.shape[1], p.shape[0]) for name, p in adapters(model).items()}
+    return matrices, tables
+
+
+def _part(name: str, prefixes: Any) -> str | None:
+    return next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+
+
+def _trains(name: str, parameter: nn.Parameter, stage: Stage) -> bool:
+    return parameter.requires_grad and name.startswith(stage.trains)
+
+
+def _rate(name: str, rate: float, config: MinMoConfig) -> float:
+    """Positions of a parameter in a second, where they are not its part's: the encoder halves its own, the flow's
+    encoder reads tokens before it doubles them, the vocoder's stages run ever faster."""
+    if name.startswith(("encoder.conv1.", "speech_tokenizer.encoder.conv1.")):
+        return 2 * rate
+    if name.startswith("flow.encoder.") and not name.startswith(("flow.encoder.up", "flow.encoder.norm")):
+        return rate / 2
+    if re.match(r"flow\.(speaker_projection|estimator\.time_mlp)\.|.*\.resnet\.time\.", name):
+        return 1 / SAMPLE_SECONDS
+    if stage := re.match(r"vocoder\.(ups|blocks|source_blocks|source_downs)\.(\d+)\.", name):
+        into = stage[1] == "ups"  # a transposed convolution multiplies at its input's rate
+        return rate * math.prod(config.vocoder.upsample_rates[: int(stage[2]) + (not into)])
+    if name.startswith("vocoder.post."):
+        return rate * math.prod(config.vocoder.upsample_rates)
+    if name.startswith("vocoder.source."):
+        return float(config.vocoder.sample_rate)
+    return rate
+
+
+def _setting(recipe: Recipe, name: str, kind: type) -> Any:
+    value = recipe.loop.get(name)
+    if type(value) is not kind:
+        raise ValueError(f"a plan needs loop.{name} ({kind.__name__}) in the recipe, got {value!r:.60}")
+    return value
+
+
+def _sums(weights: Any, of: Callable[[Weight], float]) -> dict[str, Any]:
+    """By block."""
+    sums: dict[str, Any] = {}
+    for w in weights:
+        sums[w.block] = sums.get(w.block, 0) + of(w)
+    return sums
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Prints a plan."""
+    recipe, stage = plan.recipe, plan.stage
+    losses = ", ".join(stage.losses)
+    console.print(f"{stage.name} of {recipe.preset}: {stage.goal} ({stage.source}); losses: {losses}. Nothing was run.")
+    table = Table("module", "parameters", "train", "share", "positions a second of sound")
+    rates = dict(RUNS[stage.name])
+    for part, (size, trains) in plan.sizes.items():
+        name = "voice_decoder (the rest)" if part == TOKENS else part.rstrip(".")
+        share = f"{trains / size:.2%}" if trains else "-"
+        table.add_row(name, f"{size:,}", f"{trains:,}", share, f"{rates[part]:g}" if part in rates else "not run")
+    size, trains = sum(size for size, _ in plan.sizes.values()), plan.trained
+    table.add_row("all", f"{size:,}", f"{trains:,}", f"{trains / size:.2%}", "")
+    _right(table, console)
+
+    table = Table(
+        "GPUs", "parameters", "gradients", "AdamW", "activations", "largest block", "all of a GPU", "its sound"
+    )
+    for gpus in GPUS:
+        m = plan.memory(gpus)
+        sizes = (m.parameters, m.gradients, m.optimizer, m.activations, m.block, m.all)
+        table.add_row(str(gpus), *(_bytes(n) for n in sizes), f"{recipe.data.max_seconds / gpus:g} s")
+    _right(table, console)
+
+    table = Table("corpus", "amount", "source")
+    for corpus in recipe.corpora:
+        table.add_row(corpus.task, _amount(corpus), corpus.source + (" (quoted)" if corpus.quoted else ""))
+    _right(table, console)
+
+    asked = plan.run_steps
+    rate = sum({w.part: rates[w.part] for w in plan.weights}.values())
+    console.print(
+        f"A step: {plan.seconds:,g} s of sound ({plan.seconds / 3600:.3g} h), {plan.seconds * rate:,.0f} positions in "
+        f"all parts, {plan.flops * plan.seconds:.3g} FLOPs.\n"
+        f"One pass over {_hours(plan.hours)} h: {plan.steps:,} steps, {plan.flops * plan.hours * 3600:.3g} FLOPs. "
+        f"The recipe: {asked:,} steps, {asked / plan.steps:.3g} passes, {plan.flops * plan.seconds * asked:.3g} FLOPs."
+    )
+    console.print(
+        "FLOPs: 6 N a position for what trains, 4 N for what is frozen behind it, 2 N for what is frozen before it"
+        f"{'; 2 N more for what is computed again' if recipe.loop['checkpoint_activations'] else ''}. Taken: "
+        f"{SAMPLE_SECONDS:g} s a sample, {TEXT_RATE:g} text tokens a second of speech, {PROMPT} positions of ChatML a "
+        "sample. Networks that only the loss needs (discriminators, heads of recognisers) are not counted."
+    )
+
+
+def show_stages(console: Console) -> None:
+    """Prints the stages in their order, with what the recipe for minmo-8b says where there is one."""
+    table = Table(Column("stage", no_wrap=True), "trains", "losses", "corpora", "learning rate", "schedule", "source")
+    shipped = recipes()
+    for stage in STAGES.values():
+        corpora, rate, schedule = ", ".join(stage.tasks), "-", "-"
+        if (name := f"minmo-8b/{stage.name}") in shipped:
+            recipe = load_recipe(name)
+            corpora = "; ".join(f"{c.task} {_amount(c)}" for c in recipe.corpora)
+            loop = recipe.loop
+            rate, schedule = f"{loop['lr']:g}", f"{loop['schedule']}, warm-up {loop['warmup']:,}"
+        trains = ", ".join(prefix.rstrip(".") for prefix in stage.trains)
+        table.add_row(stage.name, trains, ", ".join(stage.losses), corpora, rate, schedule, stage.source)
+    console.print(table)
+
+
+def _amount(corpus: Corpus) -> str:
+    return f"{corpus.samples:,} samples" if corpus.hours is None else f"{_hours(corpus.hours)} h"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+
+
+def _right(table: Table, console: Console) -> None:
+    for column in table.columns[1:-1]:
+        column.justify = "right"
+    console.print(table)
+
+
+def _bytes(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.2f} MiB"
