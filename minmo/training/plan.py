@@ -21,7 +21,6 @@ LLM's head where no loss is on text; attention scores are left out, and every po
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,64 +28,25 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Column, Table
-from torch import nn
 
-from minmo.config import MinMoConfig, load_config
-from minmo.model import MinMo, NothingDrawn, shapes
-from minmo.training.lora import adapters, attach
+from minmo.config import load_config
+from minmo.model import NothingDrawn, shapes
+from minmo.training.counting import (
+    OUTPUT_PROJECTOR,
+    PROMPT,
+    RUNS,
+    SAMPLE_SECONDS,
+    TEXT_RATE,
+    TOKENS,
+    Weight,
+    does_train,
+    weights_of,
+)
+from minmo.training.lora import attach
 from minmo.training.recipe import Corpus, Recipe, load_recipe, recipes
 from minmo.training.stages import STAGES, Stage
 
 GPUS = (8, 64, 512)
-SAMPLE_SECONDS, TEXT_RATE, PROMPT = 10.0, 4.0, 20
-"""Taken for a plan: sound of one sample, text tokens in a second of speech, positions of ChatML in a sample. In a
-spoken turn (s2s) half of the sound is the user's and half the reply's."""
-READ = TEXT_RATE + PROMPT / SAMPLE_SECONDS
-"""Text positions of the LLM in a second."""
-
-LLM, SPEAKER, TOKENS = "llm.", "voice_decoder.output_projector.", "voice_decoder."
-HEAR = (("encoder.", 25.0), ("projector.", 12.5))
-SAY = ((LLM, READ), (SPEAKER, TEXT_RATE), (TOKENS, 25 + TEXT_RATE + 2 / SAMPLE_SECONDS))
-RUNS: dict[str, tuple[tuple[str, float], ...]] = {
-    "text-lm": ((LLM, TEXT_RATE),),
-    "encoder": (("encoder.", 25.0),),
-    "speech-tokenizer": (("speech_tokenizer.", 25.0),),
-    "pre-align": (*HEAR, (LLM, 12.5 + READ)),
-    "full-align": (*HEAR, (LLM, 12.5 + READ)),
-    "sft": (*HEAR, (LLM, 12.5 + READ)),
-    "flow": (("flow.", 50.0),),
-    "vocoder": (("vocoder.", 50.0),),
-    "voice-lm": SAY,
-    "t2s-projector": SAY,
-    "t2s": SAY,
-    "s2s": (
-        *((part, rate / 2) for part, rate in HEAR),
-        (LLM, (12.5 + TEXT_RATE) / 2 + PROMPT / SAMPLE_SECONDS),
-        (SPEAKER, (12.5 + TEXT_RATE) / 2),
-        (TOKENS, (25 + 12.5 + TEXT_RATE) / 2 + 2 / SAMPLE_SECONDS),
-    ),
-    "duplex": (*HEAR, (LLM, 12.5 + PROMPT / SAMPLE_SECONDS), ("duplex.", 12.5)),
-}
-"""The parts of MinMo that a stage runs, in the order of the data's flow, and their positions in a second of sound."""
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One parameter. rate: its positions in a second; inputs, outputs: elements of its matrix a position, 0 for what
-    is none; passes: whether gradients pass through it; idle: whether it multiplies nothing; logits: whether its outputs
-    are such."""
-
-    name: str
-    part: str
-    block: str
-    numel: int
-    rate: float
-    inputs: int
-    outputs: int
-    trains: bool
-    passes: bool
-    idle: bool
-    logits: bool
 
 
 @dataclass(frozen=True)
@@ -179,8 +139,7 @@ class Plan:
 
 def plan(recipe: Recipe) -> Plan:
     """Raises ValueError for a loop without precision, steps, accumulate, shard or checkpoint_activations."""
-    config, stage = load_config(recipe.preset), STAGES[recipe.stage]
-    model = shapes(config)
+    model, stage = shapes(load_config(recipe.preset)), STAGES[recipe.stage]
     if recipe.lora is not None:
         with torch.device("meta"), NothingDrawn():
             attach(model.llm, recipe.lora)
@@ -190,83 +149,12 @@ def plan(recipe: Recipe) -> Plan:
         _setting(recipe, name, kind)
     sizes: dict[str, tuple[int, int]] = {}
     for name, p in model.named_parameters():
-        part = SPEAKER if name.startswith(SPEAKER) else f"{name.partition('.')[0]}."
+        part = OUTPUT_PROJECTOR if name.startswith(OUTPUT_PROJECTOR) else f"{name.partition('.')[0]}."
         size, trains = sizes.get(part, (0, 0))
-        sizes[part] = (size + p.numel(), trains + p.numel() * _trains(name, p, stage))
+        sizes[part] = (size + p.numel(), trains + p.numel() * does_train(name, p, stage))
     hours = sum(c.hours if c.hours is not None else (c.samples or 0) * SAMPLE_SECONDS / 3600 for c in recipe.corpora)
     seconds = recipe.data.max_seconds * _setting(recipe, "accumulate", int)
-    return Plan(recipe, stage, sizes, tuple(_weights(model, config, stage)), seconds, hours)
-
-
-def _weights(model: MinMo, config: MinMoConfig, stage: Stage) -> list[Weight]:
-    rates = dict(RUNS[stage.name])
-    order, prefixes = list(rates), sorted(rates, key=len, reverse=True)
-    matrices, tables = _matrices(model)
-    head = "llm.embedding.weight" if config.llm.tied else "llm.head.weight"
-    logits = {"voice_decoder.head.weight"}
-    if "text" in stage.losses:
-        logits.add(head)
-        tables.discard(head)
-        matrices[head] = (config.llm.dim, config.llm.vocab)
-    elif not config.llm.tied:
-        tables.add(head)
-    named = [(name, p, part) for name, p in model.named_parameters() if (part := _part(name, prefixes))]
-    first = min(order.index(part) for name, p, part in named if _trains(name, p, stage))
-    found = []
-    for name, p, part in named:
-        block = re.match(r".*?\.\d+(?=\.)", name)
-        inputs, outputs = matrices.get(name, (0, 0))
-        found.append(
-            Weight(
-                name, part, block[0] if block else part, p.numel(), _rate(name, rates[part], config), inputs, outputs,
-                trains=_trains(name, p, stage), passes=order.index(part) >= first, idle=name in tables,
-                logits=name in logits,
-            )
-        )  # fmt: skip
-    return found
-
-
-def _matrices(model: MinMo) -> tuple[dict[str, tuple[int, int]], set[str]]:
-    """Elements in and out of each matrix a position, by name, and the names of tables."""
-    matrices, tables = {}, set()
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            matrices[f"{name}.weight"] = (module.in_features, module.out_features)
-        elif isinstance(module, nn.ConvTranspose1d):
-            matrices[f"{name}.weight"] = (module.in_channels, module.out_channels * module.stride[0])
-        elif isinstance(module, nn.Conv1d):
-            matrices[f"{name}.weight"] = (module.in_channels, module.out_channels)
-        elif isinstance(module, nn.Embedding):
-            tables.add(f"{name}.weight")
-    matrices |= {name: (p.shape[1], p.shape[0]) for name, p in adapters(model).items()}
-    return matrices, tables
-
-
-def _part(name: str, prefixes: Any) -> str | None:
-    return next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-
-
-def _trains(name: str, parameter: nn.Parameter, stage: Stage) -> bool:
-    return parameter.requires_grad and name.startswith(stage.trains)
-
-
-def _rate(name: str, rate: float, config: MinMoConfig) -> float:
-    """Positions of a parameter in a second, where they are not its part's: the encoder halves its own, the flow's
-    encoder reads tokens before it doubles them, the vocoder's stages run ever faster."""
-    if name.startswith(("encoder.conv1.", "speech_tokenizer.encoder.conv1.")):
-        return 2 * rate
-    if name.startswith("flow.encoder.") and not name.startswith(("flow.encoder.up", "flow.encoder.norm")):
-        return rate / 2
-    if re.match(r"flow\.(speaker_projection|estimator\.time_mlp)\.|.*\.resnet\.time\.", name):
-        return 1 / SAMPLE_SECONDS
-    if stage := re.match(r"vocoder\.(ups|blocks|source_blocks|source_downs)\.(\d+)\.", name):
-        into = stage[1] == "ups"  # a transposed convolution multiplies at its input's rate
-        return rate * math.prod(config.vocoder.upsample_rates[: int(stage[2]) + (not into)])
-    if name.startswith("vocoder.post."):
-        return rate * math.prod(config.vocoder.upsample_rates)
-    if name.startswith("vocoder.source."):
-        return float(config.vocoder.sample_rate)
-    return rate
+    return Plan(recipe, stage, sizes, tuple(weights_of(model, stage)), seconds, hours)
 
 
 def _setting(recipe: Recipe, name: str, kind: type) -> Any:

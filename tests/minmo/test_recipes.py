@@ -9,7 +9,8 @@ from typing import Literal
 import pytest
 from rich.console import Console
 
-from minmo.training.plan import RUNS, plan, show, show_stages
+from minmo.training.counting import RUNS
+from minmo.training.plan import plan, show, show_stages
 from minmo.training.recipe import SHIPPED, build, load_recipe, parse, recipes
 from minmo.training.stages import STAGES
 
