@@ -21,6 +21,7 @@ SYSTEM = "You are a helpful assistant."
 # Task instructions, the first words of a user turn.
 TRANSCRIBE = "Speech Transcription"
 TRANSLATE = "Translate {source} into {target}"
+LANGUAGE = "Language Identification"
 READ_ALOUD = "Read the following text aloud"
 CHAT = ""
 

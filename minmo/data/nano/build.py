@@ -1,0 +1,226 @@
+"""Builds the nano corpus: speech of many voices and a few people, and its manifests (`minmo data nano OUT`).
+
+    OUT/sound/VOICE/ID.flac           what users say (16 kHz) and what the assistant says (24 kHz)
+    OUT/{asr,lid,qa,s2tt,s2s,tts}-{train,valid}.jsonl.gz   lhotse cuts, a manifest a task
+    OUT/test-*.jsonl.gz               seen and unseen voices on held-out sentences, people
+    OUT/corpus.json                   seeds, counts, voices with their licences
+
+Sound that is already there is kept, so a build that was stopped goes on; the same seed draws the same corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile as sf
+import soxr
+from rich.progress import track
+
+from minmo.config import SAMPLE_RATE
+from minmo.data.nano import human
+from minmo.data.nano.sentences import SMALL_TALK, Sentence, draw
+from minmo.data.nano.voices import ASSISTANT, VOICES, SynthesisError, Voice, missing_packages, synthesise
+from minmo.data.numbers import LANGUAGES
+
+ASSISTANT_RATE = 24_000
+SENTENCES = {"en": 9000, "es": 1500, "fr": 1500, "it": 1500, "ru": 1500}
+ANSWERS = 5000
+"""Different sentences that the assistant says."""
+TESTS = 30
+"""Held-out sentences of each voice."""
+SLOW = {"rhvoice": 0.6, "festival": 0.4}
+"""How often an engine is drawn, where its voices take longer to speak."""
+VALID = 40
+"""One sentence in so many that are not held out validates."""
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A sentence said by a voice; speed and pitch: 1 = the voice's own."""
+
+    text: str
+    voice: Voice
+    rate: int
+    speed: float = 1.0
+    pitch: float = 1.0
+
+    @property
+    def id(self) -> str:
+        key = f"{self.voice.id}|{self.speed:.3f}|{self.pitch:.3f}|{self.rate}|{self.text}"
+        return f"{self.voice.id}-{hashlib.sha1(key.encode()).hexdigest()[:12]}"
+
+
+@dataclass
+class Corpus:
+    """Everything that is to be said: users' sentences by set ("train", "valid", "test-seen", "test-unseen")."""
+
+    users: dict[str, list[tuple[Sentence, Utterance]]] = field(default_factory=dict)
+    answers: dict[str, Utterance] = field(default_factory=dict)
+
+
+def plan(scale: float = 1.0, seed: int = 0) -> Corpus:
+    """What a corpus of `scale` times the usual size says; nothing is spoken yet."""
+    corpus = Corpus({name: [] for name in ("train", "valid", "test-seen", "test-unseen")})
+    rng = random.Random(seed)
+    for language in LANGUAGES:
+        voices = [v for v in VOICES if v.language == language]
+        seen = [v for v in voices if not v.test]
+        weights = [SLOW.get(v.engine, 1.0) for v in seen]
+        count = max(1, round(SENTENCES[language] * scale))
+        for sentence in draw(language, count, seed):
+            if sentence.held_out:
+                continue
+            voice = rng.choices(seen, weights)[0]
+            part = "valid" if rng.randrange(VALID) == 0 else "train"
+            corpus.users[part].append((sentence, _varied(sentence.said, voice, rng)))
+        tests = [s for s in draw(language, 40 * count, seed + 1) if s.held_out]
+        for voice in voices:
+            for sentence in rng.sample(tests, min(len(tests), max(1, round(TESTS * scale)))):
+                part = "test-unseen" if voice.test else "test-seen"
+                corpus.users[part].append((sentence, Utterance(sentence.said, voice, SAMPLE_RATE)))
+    replies = [s.reply for s, _ in corpus.users["train"] if s.reply and s.language == "en"]
+    for sentence in draw("en", round(20 * ANSWERS * scale) + 20, seed + 2):
+        if sentence.reply:
+            replies.append(sentence.reply)
+    for text in [*SMALL_TALK.values(), *replies]:
+        if len(corpus.answers) < max(len(SMALL_TALK), round(ANSWERS * scale)) and text.isascii():
+            corpus.answers.setdefault(text, Utterance(text, ASSISTANT, ASSISTANT_RATE))
+    return corpus
+
+
+def build(out: Path, scale: float = 1.0, seed: int = 0, jobs: int = 2) -> dict[str, Any]:
+    """Speaks the corpus and writes its manifests -> the contents of corpus.json.
+
+    Raises SynthesisError, with the command to type, where packages are missing.
+    """
+    if missing := sorted({*missing_packages(VOICES), *human.missing_packages()}):
+        raise SynthesisError(
+            "the nano corpus needs Debian packages, some of them from contrib and non-free: apt-get install "
+            + " ".join(missing)
+        )
+    corpus = plan(scale, seed)
+    spoken = {u.id: u for part in corpus.users.values() for _, u in part} | {u.id: u for u in corpus.answers.values()}
+    _in_parallel(lambda u: _speak(u, out), list(spoken.values()), jobs, "speaking")
+    people = human.prompts()
+    _in_parallel(lambda p: _record(p, out), people, jobs, "people")
+    manifests = _manifests(corpus, people, out)
+    counts = {name: _write(cuts, out / f"{name}.jsonl.gz") for name, cuts in manifests.items()}
+    summary = {
+        "seed": seed,
+        "scale": scale,
+        "cuts": {name: count for name, (count, _) in counts.items()},
+        "hours": {name: round(seconds / 3600, 3) for name, (_, seconds) in counts.items()},
+        "voices": [asdict(v) for v in VOICES],
+        "people": {lang: {"speaker": name, "licence": human.LICENCES[lang]} for lang, (_, name) in human.SPEAKERS.items()},
+    }
+    (out / "corpus.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
+
+
+def _varied(text: str, voice: Voice, rng: random.Random) -> Utterance:
+    return Utterance(text, voice, SAMPLE_RATE, round(rng.uniform(0.8, 1.2), 2), round(rng.uniform(0.85, 1.15), 2))
+
+
+def _path(utterance: Utterance, out: Path) -> Path:
+    return out / "sound" / utterance.voice.id / f"{utterance.id}.flac"
+
+
+def _speak(utterance: Utterance, out: Path) -> None:
+    path = _path(utterance, out)
+    if not path.is_file():
+        sound, rate = synthesise(utterance.voice, utterance.text, utterance.speed, utterance.pitch)
+        _keep(soxr.resample(sound, rate, utterance.rate), utterance.rate, path)
+
+
+def _person(prompt: human.Prompt, out: Path) -> Path:
+    return out / "sound" / f"asterisk-{prompt.language}" / f"{prompt.name.replace('/', '-')}.flac"
+
+
+def _record(prompt: human.Prompt, out: Path) -> None:
+    path = _person(prompt, out)
+    if not path.is_file():
+        _keep(human.decode(prompt), SAMPLE_RATE, path)
+
+
+def _keep(sound: np.ndarray, rate: int, path: Path) -> None:
+    """Written beside and renamed, so that a file with its name is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    sf.write(unfinished, np.clip(sound, -1, 1), rate, format="FLAC", subtype="PCM_16")
+    unfinished.replace(path)
+
+
+def _in_parallel(work: Callable[[Any], None], items: list[Any], jobs: int, what: str) -> None:
+    with ThreadPool(jobs) as pool:
+        for _ in track(pool.imap_unordered(work, items, chunksize=8), what, len(items), transient=True):
+            pass
+
+
+def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[str, list[Any]]:
+    manifests: dict[str, list[Any]] = {}
+
+    def add(name: str, cut: Any) -> None:
+        manifests.setdefault(name, []).append(cut)
+
+    answers = {text: _cut(u.id, _path(u, out)) for text, u in corpus.answers.items()}
+    for part, said in corpus.users.items():
+        for sentence, utterance in said:
+            recorded = _cut(utterance.id, _path(utterance, out))
+            for cut in _tasks(recorded, sentence, utterance.voice.id):
+                task = cut.custom["task"]
+                add(f"{part}-{sentence.language}" if part.startswith("test") and task == "asr" else f"{task}-{part}", cut)
+                if task == "qa" and sentence.reply in answers:
+                    add(f"s2s-{part}", _fields(cut, "s2s", cut.id, target_recording=answers[sentence.reply].recording))
+    for n, (text, cut) in enumerate(answers.items()):
+        part = "valid" if n % VALID == 0 else "train"
+        spoken = _fields(cut, "tts", cut.id, text=text, language="en", voice=ASSISTANT.id, instruction="")
+        add(f"tts-{part}", spoken)
+    for prompt in people:
+        cut = _cut(f"asterisk-{prompt.language}-{prompt.name.replace('/', '-')}", _person(prompt, out))
+        spoken_by = {"voice": human.SPEAKERS[prompt.language][0], "language": prompt.language}
+        if prompt.name.startswith("digits/"):
+            add(f"test-people-digits-{prompt.language}", _fields(cut, "asr", cut.id, text=prompt.text, **spoken_by))
+        elif not prompt.name.startswith(human.TESTS_ONLY) and cut.duration >= human.SHORTEST:
+            part = "test-people-lid" if prompt.test else "lid-train"
+            name = LANGUAGES[prompt.language].lower()
+            from minmo.tokenizer.text import LANGUAGE
+
+            add(part, _fields(cut, "lid", f"{cut.id}-lid", text=name, instruction=LANGUAGE, **spoken_by))
+    return manifests
+
+
+def _tasks(recorded: Any, sentence: Sentence, voice: str) -> Iterator[Any]:
+    for task, instruction, text in sentence.tasks():
+        name = f"{recorded.id}-{task}" + (f"-{text.split()[0]}" if task == "s2tt" else "")
+        yield _fields(
+            recorded, task, name, instruction=instruction, text=text, source_text=sentence.said,
+            language=sentence.language, voice=voice,
+        )  # fmt: skip
+
+
+def _cut(name: str, path: Path) -> Any:
+    from lhotse import Recording  # of the extra `train`
+
+    return Recording.from_file(path, recording_id=name).to_cut()
+
+
+def _fields(cut: Any, task: str, name: str, **fields: Any) -> Any:
+    from lhotse.utils import fastcopy
+
+    return fastcopy(cut, id=name, custom={"task": task, **fields})
+
+
+def _write(cuts: Iterable[Any], path: Path) -> tuple[int, float]:
+    from lhotse import CutSet
+
+    kept = list({cut.id: cut for cut in cuts}.values())
+    CutSet.from_cuts(kept).to_file(path)
+    return len(kept), sum(cut.duration for cut in kept)
