@@ -118,6 +118,11 @@ class Vocoder(nn.Module):
         audio, _, _, samples = self._one_shot(mel, lengths, seeds, noise)
         return masked(audio, samples), samples
 
+    def sound_and_pitch(self, mel: Tensor, lengths: Lengths | None, seeds: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward`'s sound, and f0 (batch, frames) in Hz with its gradient: what training compares."""
+        audio, f0, _, samples = self._one_shot(mel, lengths, seeds, None)
+        return masked(audio, samples), f0
+
     def excitation(
         self, mel: Tensor, lengths: Lengths | None, seeds: Tensor, noise: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """Builds the nano corpus: speech of many voices and a few people, and its manifests (`minmo data nano OUT`).
 
     OUT/sound/VOICE/ID.flac           what users say (16 kHz) and what the assistant says (24 kHz)
-    OUT/{asr,lid,qa,s2tt,s2s,tts}-{train,valid}.jsonl.gz   lhotse cuts, a manifest a task
-    OUT/test-*.jsonl.gz               seen and unseen voices on held-out sentences, people
+    OUT/{train,valid}-TASK.jsonl.gz   lhotse cuts, a manifest a task
+    OUT/test-{seen,unseen}-TASK-LANGUAGE.jsonl.gz, OUT/test-people-*.jsonl.gz   held-out sentences and people
     OUT/corpus.json                   seeds, counts, voices with their licences
 
 Sound that is already there is kept, so a build that was stopped goes on; the same seed draws the same corpus.
@@ -29,6 +29,7 @@ from minmo.data.nano import human
 from minmo.data.nano.sentences import SMALL_TALK, Sentence, draw
 from minmo.data.nano.voices import ASSISTANT, VOICES, SynthesisError, Voice, missing_packages, synthesise
 from minmo.data.numbers import LANGUAGES
+from minmo.tokenizer.text import LANGUAGE
 
 ASSISTANT_RATE = 24_000
 SENTENCES = {"en": 9000, "es": 1500, "fr": 1500, "it": 1500, "ru": 1500}
@@ -165,57 +166,59 @@ def _in_parallel(work: Callable[[Any], None], items: list[Any], jobs: int, what:
 
 
 def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[str, list[Any]]:
+    """The cuts of each manifest, by its name."""
     manifests: dict[str, list[Any]] = {}
 
     def add(name: str, cut: Any) -> None:
         manifests.setdefault(name, []).append(cut)
 
-    answers = {text: _cut(u.id, _path(u, out)) for text, u in corpus.answers.items()}
+    answers = {text: _recording(u.id, _path(u, out)) for text, u in corpus.answers.items()}
     for part, said in corpus.users.items():
         for sentence, utterance in said:
-            recorded = _cut(utterance.id, _path(utterance, out))
-            for cut in _tasks(recorded, sentence, utterance.voice.id):
+            for cut in _asked(_recording(utterance.id, _path(utterance, out)), sentence, utterance.voice.id):
                 task = cut.custom["task"]
-                add(f"{part}-{sentence.language}" if part.startswith("test") and task == "asr" else f"{task}-{part}", cut)
+                languages = f"-{sentence.language}" if part.startswith("test") else ""
+                add(f"{part}-{task}{languages}", cut)
                 if task == "qa" and sentence.reply in answers:
-                    add(f"s2s-{part}", _fields(cut, "s2s", cut.id, target_recording=answers[sentence.reply].recording))
-    for n, (text, cut) in enumerate(answers.items()):
+                    spoken = {"target_recording": answers[sentence.reply], "target_recording_unaligned": True}
+                    add(f"{part}-s2s", _cut(cut.recording, f"{cut.id}-s2s", **{**cut.custom, **spoken, "task": "s2s"}))
+    for n, (text, recording) in enumerate(answers.items()):
         part = "valid" if n % VALID == 0 else "train"
-        spoken = _fields(cut, "tts", cut.id, text=text, language="en", voice=ASSISTANT.id, instruction="")
-        add(f"tts-{part}", spoken)
+        cut = _cut(recording, f"{recording.id}-tts", task="tts", text=text, language="en", target_recording=recording)
+        cut.recording = None  # nobody asks
+        add(f"{part}-tts", cut)
     for prompt in people:
-        cut = _cut(f"asterisk-{prompt.language}-{prompt.name.replace('/', '-')}", _person(prompt, out))
-        spoken_by = {"voice": human.SPEAKERS[prompt.language][0], "language": prompt.language}
+        name = f"asterisk-{prompt.language}-{prompt.name.replace('/', '-')}"
+        recording = _recording(name, _person(prompt, out))
+        by = {"language": prompt.language, "voice": human.SPEAKERS[prompt.language][0]}
         if prompt.name.startswith("digits/"):
-            add(f"test-people-digits-{prompt.language}", _fields(cut, "asr", cut.id, text=prompt.text, **spoken_by))
-        elif not prompt.name.startswith(human.TESTS_ONLY) and cut.duration >= human.SHORTEST:
-            part = "test-people-lid" if prompt.test else "lid-train"
-            name = LANGUAGES[prompt.language].lower()
-            from minmo.tokenizer.text import LANGUAGE
-
-            add(part, _fields(cut, "lid", f"{cut.id}-lid", text=name, instruction=LANGUAGE, **spoken_by))
+            add(f"test-people-digits-{prompt.language}", _cut(recording, name, task="asr", text=prompt.text, **by))
+        elif not prompt.name.startswith(human.TESTS_ONLY) and recording.duration >= human.SHORTEST:
+            label = {"instruction": LANGUAGE, "text": LANGUAGES[prompt.language]}
+            add("test-people-lid" if prompt.test else "train-lid", _cut(recording, f"{name}-lid", task="lid", **label, **by))
     return manifests
 
 
-def _tasks(recorded: Any, sentence: Sentence, voice: str) -> Iterator[Any]:
+def _asked(recording: Any, sentence: Sentence, voice: str) -> Iterator[Any]:
+    """A cut for each task that can be asked about a sound."""
     for task, instruction, text in sentence.tasks():
-        name = f"{recorded.id}-{task}" + (f"-{text.split()[0]}" if task == "s2tt" else "")
-        yield _fields(
-            recorded, task, name, instruction=instruction, text=text, source_text=sentence.said,
+        name = f"{recording.id}-{task}" + (f"-{instruction.split()[-1]}" if task == "s2tt" else "")
+        yield _cut(
+            recording, name, task=task, instruction=instruction, text=text, source_text=sentence.said,
             language=sentence.language, voice=voice,
         )  # fmt: skip
 
 
-def _cut(name: str, path: Path) -> Any:
+def _recording(name: str, path: Path) -> Any:
     from lhotse import Recording  # of the extra `train`
 
-    return Recording.from_file(path, recording_id=name).to_cut()
+    return Recording.from_file(path, recording_id=name)
 
 
-def _fields(cut: Any, task: str, name: str, **fields: Any) -> Any:
-    from lhotse.utils import fastcopy
-
-    return fastcopy(cut, id=name, custom={"task": task, **fields})
+def _cut(recording: Any, name: str, **custom: Any) -> Any:
+    cut = recording.to_cut()
+    cut.id, cut.custom = name, custom
+    return cut
 
 
 def _write(cuts: Iterable[Any], path: Path) -> tuple[int, float]:

@@ -48,7 +48,7 @@ class Sentence:
 
     def tasks(self) -> list[tuple[str, str, str]]:
         """(task, instruction, assistant's text) of everything that can be asked about this sound."""
-        tasks = [("asr", TRANSCRIBE, self.said), ("lid", LANGUAGE, LANGUAGES[self.language].lower())]
+        tasks = [("asr", TRANSCRIBE, self.said), ("lid", LANGUAGE, LANGUAGES[self.language])]
         if self.reply:
             tasks.append(("qa", CHAT, self.reply))
         for target in LANGUAGES if self.numbers else ():

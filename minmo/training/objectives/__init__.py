@@ -1,0 +1,1 @@
+"""What each stage minimises: modules around a MinMo that turn a batch into sums of losses."""
