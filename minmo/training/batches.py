@@ -1,6 +1,6 @@
 """Cuts to batches: sound is read, turned to features and augmented, text to ids in the layout of a conversation.
 
-One builder a kind of batch; a stage names the one that it takes (`minmo/training/run.py`). All drawing is seeded by
+One method of `Builder` a kind of batch; `minmo/training/run.py` says which stage takes which. All drawing is seeded by
 (seed, epoch, cut), so that what a cut becomes depends on nothing else.
 """
 
@@ -14,75 +14,148 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minmo.config import MinMoConfig
+from minmo.data.manifest import load_sound
+from minmo.data.schema import layout
 from minmo.state import Lengths
+from minmo.token2wav.mel import HOP, RATE, mel_spectrogram
 from minmo.tokenizer.frontend import Frontend
 from minmo.tokenizer.text import TextTokenizer
 from minmo.training.augment import Augment
 from minmo.training.objectives.recognition import SpeechBatch, Symbols
+from minmo.training.objectives.sound import FlowBatch, SoundBatch
 from minmo.training.objectives.text import TextBatch
+from minmo.training.objectives.tokens import TokenBatch
+from minmo.training.objectives.voice import VoiceBatch
+from minmo.training.recipe import FlowOptions
+
+CROP = 40
+"""Mel frames of sound that the vocoder learns from at a time (0.8 s)."""
 
 
 @dataclass
 class Builder:
-    """What every kind of batch needs: the sizes, the tokenizer, and how sound is varied (None = as it is)."""
+    """What the batches of a stage are made with.
+
+    augment: how sound is varied, None = as it is. chunks: sizes of the encoder's chunk, of which each batch draws one;
+    empty = the session's. Others as in `Recipe`.
+    """
 
     config: MinMoConfig
     tokenizer: TextTokenizer
     augment: Augment | None = None
     seed: int = 0
-    epoch: int = 0
     symbols: Symbols | None = None
+    chunks: tuple[int, ...] = ()
+    bistream_share: float = 1.0
+    flow_options: FlowOptions | None = None
+    epoch: int = 0
     frontend: Frontend = field(init=False)
 
     def __post_init__(self) -> None:
         self.frontend = Frontend(self.config.frontend)
 
-    def generator(self, cut: Any) -> np.random.Generator:
-        """Draws for this cut in this epoch, and for no other."""
-        key = hashlib.sha256(f"{self.seed} {self.epoch} {cut.id}".encode()).digest()
+    def generator(self, name: str) -> np.random.Generator:
+        """Draws for this cut, or this batch by its first cut, in this epoch, and for no other."""
+        key = hashlib.sha256(f"{self.seed} {self.epoch} {name}".encode()).digest()
         return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
 
-    def features(self, cuts: Sequence[Any]) -> tuple[Tensor, Lengths]:
-        """Log-mel frames of what the users say -> (batch, frames, n_mels) and their lengths."""
-        sounds = [torch.from_numpy(cut.load_audio()[0].astype(np.float32)) for cut in cuts]
-        audio, lengths = padded(sounds)
-        mel, counts = self.frontend(audio, lengths)
-        if self.augment is None:
-            return mel, counts
-        silence = (self.config.frontend.floor + 4) / 4
-        return padded(
-            [self.augment(m[:n], silence, self.generator(cut)) for m, n, cut in zip(mel, counts, cuts, strict=True)]
-        )
-
     def text(self, cuts: Sequence[Any]) -> TextBatch:
-        """Turns whose assistant's text is learned; those with a recording are spoken, the others typed."""
-        before, after, asked = [], [], []
-        spoken = cuts[0].has_recording
-        for cut in cuts:
-            prefix, suffix = self.tokenizer.turn(cut.custom["instruction"])
-            typed = [] if spoken else self.tokenizer.encode(" " + cut.custom["source_text"])
-            before.append(torch.tensor(prefix + typed))
-            after.append(torch.tensor([*suffix, *self.tokenizer.encode(cut.custom["text"]), self.tokenizer.end_of_turn]))
-            asked.append(len(suffix))
-        mel = self.features(cuts) if spoken else (None, None)
-        return TextBatch(*padded(before), *padded(after), torch.tensor(asked, dtype=torch.int32), *mel)
+        """Turns whose assistant's text is learned: spoken ones where the cuts have recordings, else typed ones."""
+        layouts = [layout(cut, self.tokenizer) for cut in cuts]
+        before = [torch.tensor([*line.prefix, *(line.content or [])]) for line in layouts]
+        after = [torch.tensor([*line.suffix, *line.reply]) for line in layouts]
+        asked = torch.tensor([len(line.suffix) for line in layouts], dtype=torch.int32)
+        heard = self._features(cuts) if cuts[0].has_recording else (None, None)
+        return TextBatch(*padded(before), *padded(after), asked, *heard, self._chunk(cuts))
 
     def speech(self, cuts: Sequence[Any]) -> SpeechBatch:
         """What was said, for recognition."""
-        assert self.symbols is not None
-        words, characters = zip(*(self.symbols.encode(cut.custom["text"]) for cut in cuts), strict=True)
-        return SpeechBatch(
-            *self.features(cuts),
-            *padded([torch.tensor(w) for w in words]),
-            *padded([torch.tensor(c) for c in characters]),
-        )
+        assert self.symbols is not None, "recognition needs the corpus's symbols"
+        pairs = [self.symbols.encode(cut.custom["text"]) for cut in cuts]
+        words, characters = (padded([torch.tensor(pair[i]) for pair in pairs]) for i in (0, 1))
+        return SpeechBatch(*self._features(cuts), *words, *characters, self._chunk(cuts))
+
+    def tokens(self, cuts: Sequence[Any]) -> TokenBatch:
+        """Speech of users and of the assistant, the assistant's with its mel frames."""
+        voiced = [cut.recording is None for cut in cuts]
+        frames = [
+            self._spectrogram(cut) if own else torch.zeros(0, self.config.flow.n_mels)
+            for cut, own in zip(cuts, voiced, strict=True)
+        ]
+        return TokenBatch(self.speech(cuts), torch.tensor(voiced), padded(frames)[0])
+
+    def voice(self, cuts: Sequence[Any]) -> VoiceBatch:
+        """Conversations whose assistant's text is spoken."""
+        layouts = [layout(cut, self.tokenizer) for cut in cuts]
+        draws = [self.generator(cut.id).random() < self.bistream_share for cut in cuts]
+        speech = padded([torch.tensor(cut.custom["speech_tokens"], dtype=torch.int32) for cut in cuts])
+        prefix = torch.tensor([len(line.prefix) for line in layouts], dtype=torch.int32)
+        return VoiceBatch(self.text(cuts), prefix, *speech, torch.tensor(draws))
+
+    def flow(self, cuts: Sequence[Any]) -> FlowBatch:
+        """Speech tokens of the assistant and their mel frames, with everything that is drawn."""
+        assert self.flow_options is not None, "the flow's batches need its options"
+        rng, o = self.generator(cuts[0].id), self.flow_options
+        tokens, lengths = padded([torch.tensor(cut.custom["speech_tokens"], dtype=torch.int32) for cut in cuts])
+        size = 2 * tokens.shape[1]
+        mel = torch.stack([_fitted(self._spectrogram(cut), size) for cut in cuts])
+        batch = len(cuts)
+        longest = 2 * lengths.numpy() * o.prompt_longest * rng.random(batch)
+        prompt = np.where(rng.random(batch) < o.prompt_share, longest, 0).astype(np.int32)
+        return FlowBatch(
+            tokens, lengths, mel, torch.from_numpy(rng.standard_normal(mel.shape, dtype=np.float32)),
+            torch.from_numpy(rng.random(batch, dtype=np.float32)), torch.from_numpy(rng.random(batch) < o.guidance_drop),
+            torch.from_numpy(prompt), bool(rng.random() < o.session_mask_share),
+        )  # fmt: skip
+
+    def sound(self, cuts: Sequence[Any]) -> SoundBatch:
+        """Crops of the assistant's sound, with its pitch."""
+        crops = [self._crop(load_sound(cut, "target_recording", RATE), self.generator(cut.id)) for cut in cuts]
+        audio, f0 = (torch.from_numpy(np.stack(part)) for part in zip(*crops, strict=True))
+        seeds = torch.from_numpy(self.generator(cuts[0].id).integers(0, 2**62, len(cuts)))
+        return SoundBatch(audio, f0, seeds)
+
+    def _chunk(self, cuts: Sequence[Any]) -> int | None:
+        return int(self.generator(f"{cuts[0].id} chunk").choice(self.chunks)) if self.chunks else None
+
+    def _features(self, cuts: Sequence[Any]) -> tuple[Tensor, Lengths]:
+        """Log-mel frames of what is said, the user's or else the assistant's -> (batch, frames, n_mels), lengths."""
+        sounds = [load_sound(cut, "target_recording" if cut.recording is None else "recording") for cut in cuts]
+        mel, counts = self.frontend(*padded([torch.from_numpy(sound) for sound in sounds]))
+        if self.augment is None:
+            return mel, counts
+        silence = (self.config.frontend.floor + 4) / 4
+        varied = [
+            # The assistant's voice stays as it is: its mel frames must be rebuilt from its tokens, in step.
+            m[:n] if cut.recording is None else self.augment(m[:n], silence, self.generator(cut.id))
+            for m, n, cut in zip(mel, counts, cuts, strict=True)
+        ]
+        return padded(varied)
+
+    def _spectrogram(self, cut: Any) -> Tensor:
+        """Of the assistant's sound, (frames, n_mels), an even number of frames: two a speech token."""
+        sound = torch.from_numpy(load_sound(cut, "target_recording", RATE))
+        return mel_spectrogram(torch.nn.functional.pad(sound, (0, -len(sound) % (4 * HOP)))[None], self.config.flow.n_mels)[0]
+
+    def _crop(self, sound: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        import pyworld
+
+        sound = np.pad(sound, (0, max(0, (CROP + 1) * HOP - len(sound))))
+        first = int(rng.integers(0, len(sound) // HOP - CROP))
+        piece = sound[first * HOP : (first + CROP) * HOP]
+        wide = piece.astype(np.float64)
+        f0, times = pyworld.dio(wide, RATE, frame_period=1000 * HOP / RATE)
+        return piece, pyworld.stonemask(wide, f0, times, RATE)[:CROP].astype(np.float32)
 
 
 def padded(items: Sequence[Tensor]) -> tuple[Tensor, Lengths]:
     """Tensors (n_i, ...) -> (batch, max n_i, ...), zeros beyond, and the lengths int32."""
     lengths = torch.tensor([len(item) for item in items], dtype=torch.int32)
-    return torch.nn.utils.rnn.pad_sequence(list(items), batch_first=True), lengths
+    return pad_sequence(list(items), batch_first=True), lengths
 
 
+def _fitted(mel: Tensor, frames: int) -> Tensor:
+    return torch.nn.functional.pad(mel[:frames], (0, 0, 0, max(0, frames - len(mel))))

@@ -49,13 +49,13 @@ class Corpus:
 @dataclass(frozen=True)
 class Data:
     """Manifests and batches. max_seconds: sound in one batch of all GPUs together (a step takes `loop.accumulate` of
-    them); train, valid: manifests, where the recipe knows them."""
+    them); train, valid: manifests, where the recipe knows them; all their lines are read."""
 
     max_seconds: float
     buckets: int
     workers: int
-    train: str | None = None
-    valid: str | None = None
+    train: tuple[str, ...] | None = None
+    valid: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.max_seconds <= 0 or self.buckets < 1 or self.workers < 0:

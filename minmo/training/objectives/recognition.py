@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from minmo.data.numbers import spoken_words
 from minmo.model import MinMo
+from minmo.training.contract import Objective
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class Symbols:
 
 @dataclass(frozen=True)
 class SpeechBatch:
-    """mel (batch, frames, n_mels); words, characters (batch, n) int64 with their lengths (batch,)."""
+    """mel (batch, frames, n_mels); words, characters (batch, n) int64 with their lengths (batch,).
+
+    chunk: encoder frames that see each other; None = the session's, 0 = all.
+    """
 
     mel: Tensor
     mel_lengths: Tensor
@@ -47,6 +51,7 @@ class SpeechBatch:
     word_lengths: Tensor
     characters: Tensor
     character_lengths: Tensor
+    chunk: int | None = None
 
 
 class Recogniser(nn.Module):
@@ -80,8 +85,8 @@ def _ctc(logits: Tensor, counts: Tensor, targets: Tensor, lengths: Tensor) -> Te
     return F.ctc_loss(log, targets, counts.long(), lengths.long(), reduction="sum", zero_infinity=True)
 
 
-class EncoderObjective(nn.Module):
-    """The encoder under the two heads, which are training's own. chunk: frames that see each other; None = session's."""
+class EncoderObjective(Objective):
+    """The encoder under the two heads, which are training's own."""
 
     weights = {"word_ctc": 1.0, "character_ctc": 0.5}
 
@@ -94,6 +99,6 @@ class EncoderObjective(nn.Module):
         """CTC sums are over frames' paths; they are counted a symbol."""
         return {"word_ctc": float(batch.word_lengths.sum()), "character_ctc": float(batch.character_lengths.sum())}
 
-    def forward(self, batch: SpeechBatch, chunk: int | None = None) -> dict[str, Tensor]:
-        frames, counts = self.model.encoder(batch.mel, batch.mel_lengths, chunk=chunk)
+    def forward(self, batch: SpeechBatch) -> dict[str, Tensor]:
+        frames, counts = self.model.encoder(batch.mel, batch.mel_lengths, chunk=batch.chunk)
         return self.recogniser.losses(frames, counts, batch)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minmo.model import MinMo
 from minmo.state import Lengths, full_lengths, masked, valid
 from minmo.token2wav.causal import whole
 from minmo.token2wav.mel import mel_spectrogram
+from minmo.training.contract import Objective
 
 SIGMA = 1e-6
 """Standard deviation left at the flow's end (CosyVoice 2, Matcha-TTS)."""
@@ -36,7 +37,7 @@ class FlowBatch:
     streamed: bool
 
 
-class FlowObjective(nn.Module):
+class FlowObjective(Objective):
     """Squared error of the velocity at a drawn time, conditions dropped for guidance, masked as a stream or not
     (CosyVoice 2, arXiv 2412.10117, section 2.4)."""
 
@@ -85,7 +86,7 @@ class SoundBatch:
     seeds: Tensor
 
 
-class VocoderObjective(nn.Module):
+class VocoderObjective(Objective):
     """Multi-resolution spectra, mel frames, and the pitch that drives the source."""
 
     weights = {"spectrum": 1.0, "mel": 2.0, "pitch": 0.02}

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minmo.model import MinMo
 from minmo.state import join, take, valid
+from minmo.training.contract import Objective
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class TextBatch:
     """before: ids up to the content, and a typed content; after: ids from the suffix to the end of the assistant's turn.
 
     mel (batch, frames, n_mels): of what was said, None for typed turns. asked (batch,): how many ids of `after` are not
-    learned. All lengths (batch,) int32.
+    learned. chunk: encoder frames that see each other; None = the session's, 0 = all. All lengths (batch,) int32.
     """
 
     before: Tensor
@@ -32,6 +33,7 @@ class TextBatch:
     asked: Tensor
     mel: Tensor | None = None
     mel_lengths: Tensor | None = None
+    chunk: int | None = None
 
     def targets(self) -> Tensor:
         """`after` where it is learned, -100 elsewhere. (batch, n) int64"""
@@ -40,8 +42,8 @@ class TextBatch:
         return torch.where(learned, self.after.long(), -100)
 
 
-class TextObjective(nn.Module):
-    """Cross entropy of the assistant's tokens. chunk: encoder frames that see each other; None = the session's."""
+class TextObjective(Objective):
+    """Cross entropy of the assistant's tokens."""
 
     weights = {"text": 1.0}
 
@@ -52,16 +54,16 @@ class TextObjective(nn.Module):
     def counts(self, batch: TextBatch) -> dict[str, float]:
         return {"text": float((batch.targets() >= 0).sum())}
 
-    def forward(self, batch: TextBatch, chunk: int | None = None) -> dict[str, Tensor]:
-        logits, targets = self.logits(batch, chunk), batch.targets()
+    def forward(self, batch: TextBatch) -> dict[str, Tensor]:
+        logits, targets = self.logits(batch), batch.targets()
         return {"text": F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")}
 
-    def logits(self, batch: TextBatch, chunk: int | None = None) -> Tensor:
+    def logits(self, batch: TextBatch) -> Tensor:
         """Of each id of `after`, (batch, n, vocab)."""
         model = self.model
         x, lengths = model.llm.embed(batch.before), batch.before_lengths
         if batch.mel is not None and batch.mel_lengths is not None:
-            frames, counts = model.encoder(batch.mel, batch.mel_lengths, chunk=chunk)
+            frames, counts = model.encoder(batch.mel, batch.mel_lengths, chunk=batch.chunk)
             x, lengths = join(x, lengths, *model.projector(frames, counts))
         first = lengths
         x, lengths = join(x, lengths, model.llm.embed(batch.after), batch.after_lengths)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from minmo.model import MinMo
 from minmo.modules.encoder import Block, View
 from minmo.state import all_rows, masked, valid
+from minmo.training.contract import Objective
 from minmo.training.objectives.recognition import Recogniser, SpeechBatch, Symbols
 from minmo_kernels.ops.fsq_encode.reference import SHRINK
 
@@ -30,7 +31,7 @@ class TokenBatch:
     target: Tensor
 
 
-class TokenObjective(nn.Module):
+class TokenObjective(Objective):
     """The speech tokenizer, and behind it a recogniser and a mel head of training's own."""
 
     weights = {"word_ctc": 1.0, "character_ctc": 0.5, "mel": 1.0}
@@ -68,9 +69,9 @@ class TokenObjective(nn.Module):
             "mel": float(self._frames(batch).sum()) * bins,
         }
 
-    def forward(self, batch: TokenBatch, chunk: int | None = None) -> dict[str, Tensor]:
+    def forward(self, batch: TokenBatch) -> dict[str, Tensor]:
         tokenizer, speech = self.model.speech_tokenizer, batch.speech
-        x, counts = tokenizer.encoder(speech.mel, speech.mel_lengths, chunk=chunk)
+        x, counts = tokenizer.encoder(speech.mel, speech.mel_lengths, chunk=speech.chunk)
         codes = masked(self.up(quantised(tokenizer.quantizer(x), tokenizer.config.levels)), counts)
         rows, starts = all_rows(len(x), x.device), torch.zeros_like(counts)
         heard = codes

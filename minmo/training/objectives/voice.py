@@ -10,10 +10,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minmo.model import MinMo
 from minmo.state import join, take
+from minmo.training.contract import Objective
 from minmo.training.objectives.text import TextBatch
 from minmo_kernels.ops.mix_semantic_speech.schedule import is_bistream
 
@@ -31,7 +32,7 @@ class VoiceBatch:
     blocks: Tensor
 
 
-class VoiceObjective(nn.Module):
+class VoiceObjective(Objective):
     """Cross entropy of speech tokens, of `fill` after each block and of end of speech. query: put the user's turn
     before the text."""
 

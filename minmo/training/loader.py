@@ -1,0 +1,89 @@
+"""Manifests to micro-batches: lhotse's dynamic bucketing by duration, a stateful data loader, each process its slice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from lhotse import CutSet
+from lhotse.dataset import DynamicBucketingSampler
+from torch.utils.data import Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from minmo.data.schema import DataError
+from minmo.training.batches import Builder
+
+Epoch = tuple[int, Sequence[Any]]
+
+
+class Sampler:
+    """Batches of cuts of about equal length, `max_seconds` of sound each; (epoch, cuts) for this process.
+
+    The sampler below knows nothing of processes, so its position is the same number on all of them; a batch with fewer
+    cuts than processes is left out on all.
+    """
+
+    def __init__(self, cuts: CutSet, max_seconds: float, buckets: int, seed: int, rank: int, world: int) -> None:
+        self._inner = DynamicBucketingSampler(
+            cuts, max_duration=max_seconds, num_buckets=buckets, shuffle=True, seed=seed, world_size=1, rank=0,
+            drop_last=False,
+        )  # fmt: skip
+        self._epoch, self._rank, self._world = 0, rank, world
+
+    def __iter__(self) -> Iterator[Epoch]:
+        self._inner.set_epoch(self._epoch)
+        for cuts in self._inner:
+            cuts = list(cuts)
+            if len(cuts) >= self._world:
+                yield self._epoch, cuts[self._rank :: self._world]
+        self._epoch += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self._epoch, "inner": self._inner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._epoch = state["epoch"]
+        self._inner.load_state_dict(state["inner"])
+
+
+class _Lines(Dataset):  # type: ignore[type-arg]
+    """(epoch, cuts) -> a batch, its cuts' ids, and why cuts were left out."""
+
+    def __init__(self, builder: Builder, build: Callable[[Sequence[Any]], Any]) -> None:
+        self.builder, self.build = builder, build
+
+    def __getitem__(self, item: Epoch) -> tuple[Any, list[str], list[str]]:
+        self.builder.epoch, cuts = item[0], list(item[1])
+        left: list[str] = []
+        while True:
+            try:
+                return self.build(cuts), [cut.id for cut in cuts], left
+            except DataError as error:
+                bad = [cut for cut in cuts if str(error).startswith(f"cut {cut.id}:")]
+                if not bad:
+                    raise
+                cuts = [cut for cut in cuts if cut.id != bad[0].id]
+                left.append(error.reason)
+                if not cuts:
+                    raise  # one unusable cut among many is left out, a whole batch of them is no accident
+
+
+class Batches:
+    """A loader of the training loop: (batch, ids). `skipped` counts cuts whose sound could not be used, by reason."""
+
+    def __init__(self, builder: Builder, kind: str, sampler: Sampler, workers: int) -> None:
+        self.skipped: Counter[str] = Counter()
+        lines = _Lines(builder, getattr(builder, kind))
+        self._loader = StatefulDataLoader(lines, sampler=sampler, batch_size=None, num_workers=workers)
+
+    def __iter__(self) -> Iterator[tuple[Any, list[str]]]:
+        for batch, ids, left in self._loader:
+            self.skipped.update(left)
+            yield batch, ids
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._loader.state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loader.load_state_dict(state_dict)

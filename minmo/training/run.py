@@ -1,0 +1,156 @@
+"""Runs a stage: a recipe, a model to start from, data, and a folder for what comes of it.
+
+    OUT/checkpoints    of the loop: what trained, and how to go on (`minmo/training/checkpoints.py`)
+    OUT/model          the whole model after the stage (`minmo.load` reads it), the start of the next one
+    OUT/heads.pt       parts of the objective that are training's own, for a later stage
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from minmo import weights
+from minmo.data.manifest import describe_skipped, read_manifest
+from minmo.model import MinMo
+from minmo.training import lora
+from minmo.training.augment import Augment
+from minmo.training.batches import Builder
+from minmo.training.contract import Objective
+from minmo.training.loader import Batches, Sampler
+from minmo.training.loop import LoopSettings, Result, fit, processes
+from minmo.training.objectives.recognition import EncoderObjective, Symbols
+from minmo.training.objectives.sound import FlowObjective, VocoderObjective
+from minmo.training.objectives.text import TextObjective
+from minmo.training.objectives.tokens import TokenObjective
+from minmo.training.objectives.voice import VoiceObjective
+from minmo.training.recipe import Recipe, build
+from minmo.training.stages import STAGES
+
+HEADS = "heads.pt"
+KINDS = {
+    "encoder": "speech", "speech-tokenizer": "tokens", "flow": "flow", "vocoder": "sound", "voice-lm": "voice",
+    "t2s-projector": "voice", "t2s": "voice", "s2s": "voice",
+}  # fmt: skip
+"""The kind of batch of each stage (a method of `Builder`); all others take text."""
+
+
+def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad_lines: bool = False) -> Result:
+    """Trains one stage, or goes on with it. start: a preset or a model's folder; data: what manifests are relative to.
+
+    Raises what `minmo.load`, `read_manifest` and `fit` raise, each with its fix.
+    """
+    model = weights.load(start, device="cpu").train()
+    if model.tokenizer is None:
+        raise ValueError(f"{start} has no tokenizer.json; every stage needs its layout of a turn")
+    stage, settings = STAGES[recipe.stage], build(LoopSettings, recipe.loop, f"{recipe.stage}: loop")
+    on_error = "skip" if skip_bad_lines else "stop"
+    train, valid = (
+        [read_manifest(data / path, on_error=on_error) for path in paths or ()]
+        for paths in (recipe.data.train, recipe.data.valid)
+    )
+    if not train:
+        raise ValueError(f"the recipe of {stage.name} names no training manifest: set data.train")
+    symbols = _symbols(Path(start), train) if "word_ctc" in stage.losses else None
+    torch.manual_seed(settings.seed)
+    objective = make_objective(recipe, model, symbols, Path(start))
+    with processes() as here:
+        builder = Builder(
+            model.config, model.tokenizer, build(Augment, recipe.augment, "augment") if recipe.augment else None,
+            settings.seed, symbols, recipe.chunks or (), recipe.bistream_share or 1.0, recipe.flow,
+        )  # fmt: skip
+        plain = dataclasses.replace(builder, augment=None, chunks=())
+        kind, d = KINDS.get(stage.name, "text"), recipe.data
+
+        def batches(cuts: Sequence[Any], builder: Builder, seed: int, workers: int) -> Batches:
+            joined = cuts[0]
+            for more in cuts[1:]:
+                joined = joined + more
+            return Batches(builder, kind, Sampler(joined, d.max_seconds, d.buckets, seed, here.rank, here.world), workers)
+
+        loader = batches(train, builder, settings.seed, d.workers)
+        checker = (lambda: _validate(objective, batches(valid, plain, 0, 0), here.sum, here.device)) if valid else None
+        result = fit(objective, loader, settings, out / "checkpoints", validate=checker)
+        if loader.skipped:
+            print(describe_skipped(loader.skipped))
+        if here.rank == 0:
+            export(objective, model, out)
+    return result
+
+
+def make_objective(recipe: Recipe, model: MinMo, symbols: Symbols | None, start: Path) -> Objective:
+    """The stage's objective around the model, with `requires_grad` on exactly what the stage trains."""
+    stage = STAGES[recipe.stage]
+    model.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(stage.trains)
+    if recipe.trainable == "lora":
+        model.requires_grad_(False)
+        assert recipe.lora is not None
+        lora.attach(model.llm, recipe.lora)
+    own: dict[str, Callable[[], Objective]] = {
+        "flow": lambda: FlowObjective(model),
+        "vocoder": lambda: VocoderObjective(model),
+        "s2s": lambda: VoiceObjective(model, query=True),
+        **dict.fromkeys(("voice-lm", "t2s-projector", "t2s"), lambda: VoiceObjective(model, query=False)),
+    }
+    if symbols is None:
+        return own.get(stage.name, lambda: TextObjective(model))()
+    heads = _heads(start)
+    if stage.name == "encoder":
+        objective: Objective = EncoderObjective(model, symbols)
+        objective.load_state_dict(heads, strict=False)
+        return objective
+    tokens = TokenObjective(model, symbols)
+    recogniser = EncoderObjective(model, symbols).recogniser
+    recogniser.load_state_dict({k.removeprefix("recogniser."): v for k, v in heads.items()}, strict=bool(heads))
+    tokens.start_from_encoder(recogniser)
+    return tokens
+
+
+def export(objective: Objective, model: MinMo, out: Path) -> None:
+    """The whole model, adapters merged, and the heads that are training's own."""
+    lora.merge(model.llm)
+    weights.save(model, out / "model")
+    heads = {k: v.cpu() for k, v in objective.state_dict().items() if not k.startswith("model.")}
+    if heads:
+        torch.save(heads, out / "model" / HEADS)
+    recogniser = getattr(objective, "recogniser", None)
+    if recogniser is not None:
+        symbols = {"words": recogniser.symbols.words, "characters": recogniser.symbols.characters}
+        (out / "model" / "symbols.json").write_text(json.dumps(symbols, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _symbols(start: Path, manifests: Sequence[Any]) -> Symbols:
+    """Those of the stage before, or of this stage's corpus."""
+    path = start / "symbols.json"
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Symbols(tuple(stored["words"]), tuple(stored["characters"]))
+    return Symbols.of(cut.custom["text"] for cuts in manifests for cut in cuts)
+
+
+def _heads(start: Path) -> dict[str, torch.Tensor]:
+    path = start / HEADS
+    return torch.load(path, weights_only=True) if path.is_file() else {}
+
+
+def _validate(
+    objective: Objective, batches: Batches, add_up: Callable[[Sequence[float]], list[float]], device: torch.device
+) -> dict[str, float]:
+    """Mean of each loss over a whole manifest, without augmentation, and as the score their weighted sum."""
+    names = sorted(objective.weights)
+    sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    for batch, _ in batches:
+        for name, count in objective.counts(batch).items():
+            counts[name] += count
+        for name, value in objective(objective.to_device(batch, device)).items():
+            sums[name] += float(value)
+    totals = add_up([*(sums[n] for n in names), *(counts[n] for n in names)])
+    means = {n: totals[i] / totals[i + len(names)] for i, n in enumerate(names) if totals[i + len(names)]}
+    return {**means, "score": sum(objective.weights[n] * value for n, value in means.items())}
