@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -30,9 +31,14 @@ class Objective(nn.Module, ABC):
         """Sum of each loss over its targets: fp32 scalars. Without targets it is 0, still joined to the parameters
         (`logits.sum() * 0`)."""
 
-    @abstractmethod
     def to_device(self, batch: Any, device: torch.device) -> Any:
-        """The micro-batch on the device."""
+        """The micro-batch on the device: a tensor, or a dataclass of tensors and of such dataclasses."""
+        if isinstance(batch, Tensor):
+            return batch.to(device, non_blocking=True)
+        if not dataclasses.is_dataclass(batch) or isinstance(batch, type):
+            return batch
+        values = {f.name: self.to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **values)
 
     def blocks(self) -> Sequence[nn.Module]:
         """Layers that are sharded, compiled and checkpointed each by itself; read from the model at every call."""

@@ -26,7 +26,7 @@ from rich.progress import track
 
 from minmo.config import SAMPLE_RATE
 from minmo.data.nano import human
-from minmo.data.nano.sentences import SMALL_TALK, Sentence, draw
+from minmo.data.nano.sentences import SMALL_TALK, Sentence, draw, typed
 from minmo.data.nano.voices import ASSISTANT, VOICES, SynthesisError, Voice, missing_packages, synthesise
 from minmo.data.numbers import LANGUAGES
 from minmo.tokenizer.text import LANGUAGE
@@ -35,6 +35,8 @@ ASSISTANT_RATE = 24_000
 SENTENCES = {"en": 9000, "es": 1500, "fr": 1500, "it": 1500, "ru": 1500}
 ANSWERS = 5000
 """Different sentences that the assistant says."""
+TYPED = 4000
+"""Drawn English sentences for the LLM's first reading; a quarter as many of each other language."""
 TESTS = 30
 """Held-out sentences of each voice."""
 SLOW = {"rhvoice": 0.6, "festival": 0.4}
@@ -182,6 +184,9 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
                 if task == "qa" and sentence.reply in answers:
                     spoken = {"target_recording": answers[sentence.reply], "target_recording_unaligned": True}
                     add(f"{part}-s2s", _cut(cut.recording, f"{cut.id}-s2s", **{**cut.custom, **spoken, "task": "s2s"}))
+    for n, (instruction, said, text) in enumerate(dict.fromkeys(typed(TYPED))):
+        custom = {"task": "text", "instruction": instruction, "source_text": said, "text": text}
+        add(f"{'valid' if n % VALID == 0 else 'train'}-text", _typed(f"text-{n}", custom))
     for n, (text, recording) in enumerate(answers.items()):
         part = "valid" if n % VALID == 0 else "train"
         cut = _cut(recording, f"{recording.id}-tts", task="tts", text=text, language="en", target_recording=recording)
@@ -219,6 +224,14 @@ def _cut(recording: Any, name: str, **custom: Any) -> Any:
     cut = recording.to_cut()
     cut.id, cut.custom = name, custom
     return cut
+
+
+def _typed(name: str, custom: dict[str, Any]) -> Any:
+    """A cut without sound; its duration is its price in a batch."""
+    from lhotse import MonoCut
+
+    words = len(custom["source_text"].split()) + len(custom["text"].split())
+    return MonoCut(id=name, start=0.0, duration=0.08 * (24 + 2 * words), channel=0, custom=custom)
 
 
 def _write(cuts: Iterable[Any], path: Path) -> tuple[int, float]:

@@ -162,3 +162,14 @@ def _words(numbers: tuple[int, ...]) -> str:
 
 def _hash(text: str) -> int:
     return zlib.crc32(text.encode())
+
+
+def typed(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
+    """(instruction, typed text, assistant's text): every fact of arithmetic twice, and `count` drawn sentences with all
+    that can be asked about them in writing."""
+    rng = random.Random(f"{seed} typed")
+    lines = [(CHAT, rng.choice(QUESTIONS).format(problem), answer(problem, result)) for problem, result in facts() * 2]
+    for language in LANGUAGES:
+        for sentence in draw(language, count if language == "en" else count // 4, seed):
+            lines += [(i, sentence.said, text) for task, i, text in sentence.tasks() if task != "lid"]
+    return lines
