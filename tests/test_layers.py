@@ -31,7 +31,17 @@ ROWS = [
 # Parts that may import less than all that lies below them.
 ONLY = {
     "minmo.data": {"minmo.tokenizer", "minmo.config"},
-    "minmo.training": {"minmo.model", "minmo.weights", "minmo.data", "minmo.config"},
+    "minmo.training": {
+        "minmo.model",
+        "minmo.weights",
+        "minmo.data",
+        "minmo.token2wav",
+        "minmo.tokenizer",
+        "minmo.modules",
+        "minmo.state",
+        "minmo.config",
+        "minmo_kernels",
+    },
 }
 # Weights and their families are the model's business; the operations know shapes.
 CHECKPOINT_NAMES = ("minmo-8b", "cosyvoice", "sensevoice", "qwen", "s3tokenizer")

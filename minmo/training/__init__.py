@@ -1,1 +1,1 @@
-"""Training: the stages as data, what each one minimises, and the loop that runs them. `minmo train --list` shows them."""
+"""Training: stages as data, what each one minimises, and the loop that runs them."""

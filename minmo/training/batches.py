@@ -138,7 +138,9 @@ class Builder:
     def _spectrogram(self, cut: Any) -> Tensor:
         """Of the assistant's sound, (frames, n_mels), an even number of frames: two a speech token."""
         sound = torch.from_numpy(load_sound(cut, "target_recording", RATE))
-        return mel_spectrogram(torch.nn.functional.pad(sound, (0, -len(sound) % (4 * HOP)))[None], self.config.flow.n_mels)[0]
+        return mel_spectrogram(
+            torch.nn.functional.pad(sound, (0, -len(sound) % (4 * HOP)))[None], self.config.flow.n_mels
+        )[0]
 
     def _crop(self, sound: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         import pyworld

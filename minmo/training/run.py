@@ -1,8 +1,8 @@
 """Runs a stage: a recipe, a model to start from, data, and a folder for what comes of it.
 
-    OUT/checkpoints    of the loop: what trained, and how to go on (`minmo/training/checkpoints.py`)
-    OUT/model          the whole model after the stage (`minmo.load` reads it), the start of the next one
-    OUT/heads.pt       parts of the objective that are training's own, for a later stage
+OUT/checkpoints    of the loop: what trained, and how to go on (`minmo/training/checkpoints.py`)
+OUT/model          the whole model after the stage (`minmo.load` reads it), the start of the next one
+OUT/heads.pt       parts of the objective that are training's own, for a later stage
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad_li
             joined = cuts[0]
             for more in cuts[1:]:
                 joined = joined + more
-            return Batches(builder, kind, Sampler(joined, d.max_seconds, d.buckets, seed, here.rank, here.world), workers)
+            return Batches(
+                builder, kind, Sampler(joined, d.max_seconds, d.buckets, seed, here.rank, here.world), workers
+            )
 
         loader = batches(train, builder, settings.seed, d.workers)
         checker = (lambda: _validate(objective, batches(valid, plain, 0, 0), here.sum, here.device)) if valid else None
@@ -115,7 +117,8 @@ def make_objective(recipe: Recipe, model: MinMo, symbols: Symbols | None, start:
 
 def export(objective: Objective, model: MinMo, out: Path) -> None:
     """The whole model, adapters merged, and the heads that are training's own."""
-    lora.merge(model.llm)
+    if lora.adapters(model.llm):
+        lora.merge(model.llm)
     weights.save(model, out / "model")
     heads = {k: v.cpu() for k, v in objective.state_dict().items() if not k.startswith("model.")}
     if heads:

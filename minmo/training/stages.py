@@ -15,9 +15,8 @@ from dataclasses import dataclass
 class Stage:
     """One stage. Everything that it does not name under `trains` is frozen, bit for bit.
 
-    trains: prefixes of parameter names in MinMo (`minmo/model.py`). tasks: what its data may be (`minmo/data/schema.py`).
-    losses: names of what is minimised, as logged; `minmo/training/objectives.py` says what they are. after: the stage
-    that it starts from where a model is trained from nothing. source: where it comes from.
+    trains: prefixes of parameter names in MinMo (`minmo/model.py`). losses: names of what is minimised, as logged
+    (`minmo/training/objectives/`). tasks: what its data may be (`minmo/data/schema.py`). source: where it comes from.
     """
 
     name: str
@@ -29,7 +28,6 @@ class Stage:
     paper: bool = True
 
 
-PREDICTION = "paper section 3.4"
 OWN = "this project"
 
 STAGES: dict[str, Stage] = {

@@ -122,7 +122,9 @@ def build(out: Path, scale: float = 1.0, seed: int = 0, jobs: int = 2) -> dict[s
         "cuts": {name: count for name, (count, _) in counts.items()},
         "hours": {name: round(seconds / 3600, 3) for name, (_, seconds) in counts.items()},
         "voices": [asdict(v) for v in VOICES],
-        "people": {lang: {"speaker": name, "licence": human.LICENCES[lang]} for lang, (_, name) in human.SPEAKERS.items()},
+        "people": {
+            lang: {"speaker": name, "licence": human.LICENCES[lang]} for lang, (_, name) in human.SPEAKERS.items()
+        },
     }
     (out / "corpus.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
@@ -200,7 +202,10 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
             add(f"test-people-digits-{prompt.language}", _cut(recording, name, task="asr", text=prompt.text, **by))
         elif not prompt.name.startswith(human.TESTS_ONLY) and recording.duration >= human.SHORTEST:
             label = {"instruction": LANGUAGE, "text": LANGUAGES[prompt.language]}
-            add("test-people-lid" if prompt.test else "train-lid", _cut(recording, f"{name}-lid", task="lid", **label, **by))
+            add(
+                "test-people-lid" if prompt.test else "train-lid",
+                _cut(recording, f"{name}-lid", task="lid", **label, **by),
+            )
     return manifests
 
 

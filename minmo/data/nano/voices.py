@@ -91,7 +91,9 @@ def missing_packages(voices: list[Voice]) -> list[str]:
 
 def _installed(package: str) -> bool:
     if shutil.which("dpkg-query") is None:
-        raise SynthesisError("the synthetic voices come as Debian packages and dpkg-query is missing: use a Debian system")
+        raise SynthesisError(
+            "the synthetic voices come as Debian packages and dpkg-query is missing: use a Debian system"
+        )
     query = subprocess.run(["dpkg-query", "-W", "-f", "${Status}", package], capture_output=True, text=True)
     return query.stdout.endswith("ok installed")
 
@@ -121,7 +123,17 @@ def synthesise(voice: Voice, text: str, speed: float = 1.0, pitch: float = 1.0) 
 def _command(voice: Voice, text: str, path: str, speed: float, pitch: float) -> tuple[list[str], bytes | None]:
     program = PROGRAMS[voice.engine]
     if voice.engine == "flite":
-        return [program, "-voice", voice.name, "--setf", f"duration_stretch={1 / speed:.3f}", "-t", text, "-o", path], None
+        return [
+            program,
+            "-voice",
+            voice.name,
+            "--setf",
+            f"duration_stretch={1 / speed:.3f}",
+            "-t",
+            text,
+            "-o",
+            path,
+        ], None
     if voice.engine == "pico":
         levels = f"<speed level='{100 * speed:.0f}'><pitch level='{100 * pitch:.0f}'>{escape(text)}</pitch></speed>"
         return [program, "-l", voice.name, "-w", path, levels], None

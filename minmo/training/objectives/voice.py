@@ -51,7 +51,11 @@ class VoiceObjective(Objective):
 
     def forward(self, batch: VoiceBatch) -> dict[str, Tensor]:
         logits, targets = self.logits(batch)
-        return {"speech": F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum")}
+        return {
+            "speech": F.cross_entropy(
+                logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+            )
+        }
 
     def logits(self, batch: VoiceBatch) -> tuple[Tensor, Tensor]:
         """As `VoiceDecoder.forward`."""
@@ -87,5 +91,3 @@ class VoiceObjective(Objective):
         config = self.model.config.voice_decoder
         texts = batch.turn.after_lengths - batch.turn.asked - 1
         return batch.blocks & is_bistream(texts, batch.speech_lengths, config.semantic_block, config.speech_block)
-
-
