@@ -1,6 +1,6 @@
 """Augmentation of log-mel features: other speeds, throats, rooms, telephones and noise, at a fraction of a step's time.
 
-Everything is drawn from a generator of the caller's, seeded by (seed, epoch, cut), so that a resumed run draws the same.
+All is drawn from a generator of the caller's, seeded by (seed, epoch, cut), so that a resumed run draws the same.
 Features are log10 power / 4 + 1 (`minmo_kernels.log_mel`); silence is the front end's floor.
 """
 
@@ -35,6 +35,8 @@ class Augment:
     mask_frames: int = 12
     mask_bins: int = 12
     pad: int = 40
+    from_epoch: int = 0
+    """Epochs before this one hear sound as it is: an encoder that starts from nothing leaves CTC's blanks sooner."""
 
     def __call__(self, mel: Tensor, floor: float, rng: np.random.Generator) -> Tensor:
         """mel (frames, n_mels) -> (other frames, n_mels). floor: the features of silence."""

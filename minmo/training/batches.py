@@ -6,7 +6,6 @@ One method of `Builder` a kind of batch; `minmo/training/run.py` says which stag
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minmo.config import MinMoConfig
+from minmo.data.draws import draws
 from minmo.data.manifest import load_sound
 from minmo.data.schema import layout
 from minmo.state import Lengths
@@ -59,8 +59,7 @@ class Builder:
 
     def generator(self, name: str) -> np.random.Generator:
         """Draws for this cut, or this batch by its first cut, in this epoch, and for no other."""
-        key = hashlib.sha256(f"{self.seed} {self.epoch} {name}".encode()).digest()
-        return np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "little")))
+        return draws(self.seed, self.epoch, name)
 
     def text(self, cuts: Sequence[Any]) -> TextBatch:
         """Turns whose assistant's text is learned: spoken ones where the cuts have recordings, else typed ones."""
@@ -68,8 +67,8 @@ class Builder:
         before = [torch.tensor([*line.prefix, *(line.content or [])]) for line in layouts]
         after = [torch.tensor([*line.suffix, *line.reply]) for line in layouts]
         asked = torch.tensor([len(line.suffix) for line in layouts], dtype=torch.int32)
-        heard = self._features(cuts) if cuts[0].has_recording else (None, None)
-        return TextBatch(*padded(before), *padded(after), asked, *heard, self._chunk(cuts))
+        mel, frames = self._features(cuts) if cuts[0].has_recording else (None, None)
+        return TextBatch(*padded(before), *padded(after), asked, mel, frames, self._chunk(cuts))
 
     def speech(self, cuts: Sequence[Any]) -> SpeechBatch:
         """What was said, for recognition."""
@@ -105,11 +104,11 @@ class Builder:
         batch = len(cuts)
         longest = 2 * lengths.numpy() * o.prompt_longest * rng.random(batch)
         prompt = np.where(rng.random(batch) < o.prompt_share, longest, 0).astype(np.int32)
-        return FlowBatch(
-            tokens, lengths, mel, torch.from_numpy(rng.standard_normal(mel.shape, dtype=np.float32)),
-            torch.from_numpy(rng.random(batch, dtype=np.float32)), torch.from_numpy(rng.random(batch) < o.guidance_drop),
-            torch.from_numpy(prompt), bool(rng.random() < o.session_mask_share),
-        )  # fmt: skip
+        noise, time = rng.standard_normal(mel.shape, dtype=np.float32), rng.random(batch, dtype=np.float32)
+        drop = torch.from_numpy(rng.random(batch) < o.guidance_drop)
+        streamed = bool(rng.random() < o.session_mask_share)
+        given = (torch.from_numpy(noise), torch.from_numpy(time), drop, torch.from_numpy(prompt))
+        return FlowBatch(tokens, lengths, mel, *given, streamed)
 
     def sound(self, cuts: Sequence[Any]) -> SoundBatch:
         """Crops of the assistant's sound, with its pitch."""
@@ -125,7 +124,7 @@ class Builder:
         """Log-mel frames of what is said, the user's or else the assistant's -> (batch, frames, n_mels), lengths."""
         sounds = [load_sound(cut, "target_recording" if cut.recording is None else "recording") for cut in cuts]
         mel, counts = self.frontend(*padded([torch.from_numpy(sound) for sound in sounds]))
-        if self.augment is None:
+        if self.augment is None or self.epoch < self.augment.from_epoch:
             return mel, counts
         silence = (self.config.frontend.floor + 4) / 4
         varied = [

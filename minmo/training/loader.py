@@ -1,4 +1,4 @@
-"""Manifests to micro-batches: lhotse's dynamic bucketing by duration, a stateful data loader, each process its slice."""
+"""Manifests to micro-batches: lhotse's bucketing by duration, a stateful data loader, each process its slice."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Sampler:
         self._inner.load_state_dict(state["inner"])
 
 
-class _Lines(Dataset):  # type: ignore[type-arg]
+class _Lines(Dataset):
     """(epoch, cuts) -> a batch, its cuts' ids, and why cuts were left out."""
 
     def __init__(self, builder: Builder, build: Callable[[Sequence[Any]], Any]) -> None:

@@ -24,8 +24,13 @@ from minmo.training.stages import STAGES
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "recipes"
-OPTIONS = {"chunks": "full-align", "trainable": "sft", "bistream_share": "voice-lm", "flow": "flow"}
-"""Options that belong to one stage, which needs them."""
+OPTIONS = {
+    "chunks": ("encoder", "full-align"),
+    "trainable": ("sft",),
+    "bistream_share": ("voice-lm",),
+    "flow": ("flow",),
+}
+"""Options and the stages that need them; no other stage reads them."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class Recipe:
                 raise ValueError(
                     f"corpora[{i}].task must be one of {', '.join(tasks)} in {self.stage}, got {corpus.task!r}"
                 )
-        needs = [(name, self.stage == stage, f"the stage {stage}") for name, stage in OPTIONS.items()]
+        needs = [(n, self.stage in stages, f"the stage {' or '.join(stages)}") for n, stages in OPTIONS.items()]
         needs.append(("lora", self.trainable == "lora", "trainable: lora"))
         for name, needed, where in needs:
             given = getattr(self, name) is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,13 @@ KINDS = {
 """The kind of batch of each stage (a method of `Builder`); all others take text."""
 
 
-def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad_lines: bool = False) -> Result:
-    """Trains one stage, or goes on with it. start: a preset or a model's folder; data: what manifests are relative to.
+def run(
+    recipe: Recipe, start: str | Path, data: Path, out: Path, *, tokens: Path | None = None, skip_bad: bool = False
+) -> Result:
+    """Trains one stage, or goes on with it.
+
+    start: a preset or a model's folder. data: what manifests are relative to; tokens: where those with speech tokens
+    lie, where that is another folder. skip_bad: leave lines out that cannot be used, and count them.
 
     Raises what `minmo.load`, `read_manifest` and `fit` raise, each with its fix.
     """
@@ -49,9 +55,10 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad_li
     if model.tokenizer is None:
         raise ValueError(f"{start} has no tokenizer.json; every stage needs its layout of a turn")
     stage, settings = STAGES[recipe.stage], build(LoopSettings, recipe.loop, f"{recipe.stage}: loop")
-    on_error = "skip" if skip_bad_lines else "stop"
+    left: Counter[str] = Counter()
+    folder = tokens if tokens is not None and KINDS.get(stage.name) in ("flow", "voice") else data
     train, valid = (
-        [read_manifest(data / path, on_error=on_error) for path in paths or ()]
+        [read_manifest(folder / path, on_error="skip" if skip_bad else "stop", skipped=left) for path in paths or ()]
         for paths in (recipe.data.train, recipe.data.valid)
     )
     if not train:
@@ -78,8 +85,8 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad_li
         loader = batches(train, builder, settings.seed, d.workers)
         checker = (lambda: _validate(objective, batches(valid, plain, 0, 0), here.sum, here.device)) if valid else None
         result = fit(objective, loader, settings, out / "checkpoints", validate=checker)
-        if loader.skipped:
-            print(describe_skipped(loader.skipped))
+        if left or loader.skipped:
+            print(describe_skipped(left + loader.skipped))
         if here.rank == 0:
             export(objective, model, out)
     return result

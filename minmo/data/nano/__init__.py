@@ -1,1 +1,1 @@
-"""The corpus of the nano model: numbers and small talk, spoken by synthetic voices and a few people; `minmo data nano`."""
+"""The nano corpus: numbers and small talk, said by synthetic voices and a few people (`minmo data nano`)."""

@@ -37,6 +37,8 @@ ANSWERS = 5000
 """Different sentences that the assistant says."""
 TYPED = 4000
 """Drawn English sentences for the LLM's first reading; a quarter as many of each other language."""
+MIXED = 5000
+"""Lines of translation, and of language identification, beside transcripts and answers."""
 TESTS = 30
 """Held-out sentences of each voice."""
 SLOW = {"rhvoice": 0.6, "festival": 0.4}
@@ -205,6 +207,14 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
             add(
                 "test-people-lid" if prompt.test else "train-lid",
                 _cut(recording, f"{name}-lid", task="lid", **label, **by),
+            )
+    rng = random.Random(0)
+    for part, most in (("train", MIXED), ("valid", MIXED // VALID)):
+        for task in ("s2tt", "lid"):
+            cuts = manifests.get(f"{part}-{task}", [])
+            # People are few and speak as people do: all of them.
+            manifests.setdefault(f"{part}-mixed", []).extend(
+                cut for cut in cuts if cut.id.startswith("asterisk") or rng.random() * len(cuts) < most
             )
     return manifests
 

@@ -33,8 +33,8 @@ HELD_OUT = 12
 
 @dataclass(frozen=True)
 class Sentence:
-    """said: the user's words; reply: the assistant's answer where the words alone ask for one, else empty; numbers: what
-    was said where it is numbers alone, for translation."""
+    """said: the user's words; reply: the assistant's answer where the words alone ask for one, else empty; numbers:
+    what was said where it is numbers alone, for translation."""
 
     language: str
     said: str
@@ -61,7 +61,7 @@ class Sentence:
 
 
 def facts(language: str = "en") -> list[tuple[str, str]]:
-    """All arithmetic of the domain, (problem, result): sums and differences of 0..50, products and quotients of 0..10."""
+    """All arithmetic of the domain, (problem, result): sums and differences of 0..50, products, quotients of 0..10."""
     plus, minus, times, divided, _, _ = OPERATIONS[language]
     word = {n: number_words(n, language) for n in range(101)}
     out = []

@@ -1,7 +1,7 @@
-"""Synthetic voices that Debian packages: who speaks, in which language, under which licence, and how to make them speak.
+"""Synthetic voices that Debian packages: who speaks, in which language, under which licence, and how.
 
-flite, pico, RHVoice, espeak-ng, festival and mbrola are called by their command lines. The assistant speaks as RHVoice's
-slt, the clearest of them at 24 kHz. Voices whose licence forbids derived or sold works are for tests alone.
+flite, pico, RHVoice, espeak-ng, festival and mbrola are called by their command lines. The assistant speaks as
+RHVoice's slt, the clearest of them at 24 kHz. Voices whose licence forbids derived or sold works are for tests alone.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from minmo.data.numbers import spoken_words
 from minmo.model import MinMo
-from minmo.training.contract import Objective
+from minmo.training.objectives import ModelObjective
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,13 @@ def _ctc(logits: Tensor, counts: Tensor, targets: Tensor, lengths: Tensor) -> Te
     return F.ctc_loss(log, targets, counts.long(), lengths.long(), reduction="sum", zero_infinity=True)
 
 
-class EncoderObjective(Objective):
+class EncoderObjective(ModelObjective):
     """The encoder under the two heads, which are training's own."""
 
     weights = {"word_ctc": 1.0, "character_ctc": 0.5}
 
     def __init__(self, model: MinMo, symbols: Symbols) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.recogniser = Recogniser(model.config.encoder.dim, symbols)
 
     def counts(self, batch: SpeechBatch) -> dict[str, float]:

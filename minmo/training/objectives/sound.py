@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minmo.model import MinMo
 from minmo.state import Lengths, full_lengths, masked, valid
 from minmo.token2wav.causal import whole
 from minmo.token2wav.mel import mel_spectrogram
-from minmo.training.contract import Objective
+from minmo.training.objectives import ModelObjective
 
 SIGMA = 1e-6
 """Standard deviation left at the flow's end (CosyVoice 2, Matcha-TTS)."""
@@ -37,15 +36,11 @@ class FlowBatch:
     streamed: bool
 
 
-class FlowObjective(Objective):
+class FlowObjective(ModelObjective):
     """Squared error of the velocity at a drawn time, conditions dropped for guidance, masked as a stream or not
     (CosyVoice 2, arXiv 2412.10117, section 2.4)."""
 
     weights = {"flow": 1.0}
-
-    def __init__(self, model: MinMo) -> None:
-        super().__init__()
-        self.model = model
 
     def counts(self, batch: FlowBatch) -> dict[str, float]:
         return {"flow": float((2 * batch.lengths - batch.prompt).sum()) * batch.mel.shape[2]}
@@ -79,21 +74,17 @@ class FlowObjective(Objective):
 
 @dataclass(frozen=True)
 class SoundBatch:
-    """audio (batch, samples) 24 kHz, whole mel frames; f0 (batch, frames) Hz, 0 where unvoiced; seeds (batch,) int64."""
+    """audio (batch, samples) 24 kHz, whole mel frames; f0 (batch, frames) Hz, 0 unvoiced; seeds (batch,) int64."""
 
     audio: Tensor
     f0: Tensor
     seeds: Tensor
 
 
-class VocoderObjective(Objective):
+class VocoderObjective(ModelObjective):
     """Multi-resolution spectra, mel frames, and the pitch that drives the source."""
 
     weights = {"spectrum": 1.0, "mel": 2.0, "pitch": 0.02}
-
-    def __init__(self, model: MinMo) -> None:
-        super().__init__()
-        self.model = model
 
     def counts(self, batch: SoundBatch) -> dict[str, float]:
         return {"spectrum": float(len(batch.audio)), "mel": float(len(batch.audio)), "pitch": float(batch.f0.numel())}

@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minmo.model import MinMo
 from minmo.state import join, take, valid
-from minmo.training.contract import Objective
+from minmo.training.objectives import ModelObjective
 
 
 @dataclass(frozen=True)
 class TextBatch:
-    """before: ids up to the content, and a typed content; after: ids from the suffix to the end of the assistant's turn.
+    """before: ids up to the content, and a typed content; after: ids from the suffix to the end of the
+    assistant's turn.
 
-    mel (batch, frames, n_mels): of what was said, None for typed turns. asked (batch,): how many ids of `after` are not
-    learned. chunk: encoder frames that see each other; None = the session's, 0 = all. All lengths (batch,) int32.
+    mel (batch, frames, n_mels): of what was said, None for typed turns. asked (batch,): how many ids of `after` are
+    not learned. chunk: encoder frames that see each other; None = the session's, 0 = all. All lengths (batch,) int32.
     """
 
     before: Tensor
@@ -42,14 +42,10 @@ class TextBatch:
         return torch.where(learned, self.after.long(), -100)
 
 
-class TextObjective(Objective):
+class TextObjective(ModelObjective):
     """Cross entropy of the assistant's tokens."""
 
     weights = {"text": 1.0}
-
-    def __init__(self, model: MinMo) -> None:
-        super().__init__()
-        self.model = model
 
     def counts(self, batch: TextBatch) -> dict[str, float]:
         return {"text": float((batch.targets() >= 0).sum())}

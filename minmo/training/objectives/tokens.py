@@ -10,13 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minmo.model import MinMo
 from minmo.modules.encoder import Block, View
 from minmo.state import all_rows, masked, valid
-from minmo.training.contract import Objective
+from minmo.training.objectives import ModelObjective
 from minmo.training.objectives.recognition import Recogniser, SpeechBatch, Symbols
 from minmo_kernels.ops.fsq_encode.reference import SHRINK
 
@@ -31,17 +30,16 @@ class TokenBatch:
     target: Tensor
 
 
-class TokenObjective(Objective):
+class TokenObjective(ModelObjective):
     """The speech tokenizer, and behind it a recogniser and a mel head of training's own."""
 
     weights = {"word_ctc": 1.0, "character_ctc": 0.5, "mel": 1.0}
 
     def __init__(self, model: MinMo, symbols: Symbols, blocks: int = 2) -> None:
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         config = model.config.encoder
         self.up = nn.Linear(len(model.config.speech_tokenizer.levels), config.dim)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(blocks))
+        self.behind = nn.ModuleList(Block(config) for _ in range(blocks))
         self.norm = nn.LayerNorm(config.dim)
         self.recogniser = Recogniser(config.dim, symbols)
         self.mel = nn.Sequential(
@@ -55,7 +53,7 @@ class TokenObjective(Objective):
         source, own = self.model.encoder, self.model.speech_tokenizer.encoder
         own.conv1.load_state_dict(source.conv1.state_dict())
         own.conv2.load_state_dict(source.conv2.state_dict())
-        blocks = [*own.blocks, *self.blocks]
+        blocks = [*own.blocks, *self.behind]
         for mine, theirs in zip(blocks, source.blocks, strict=False):
             mine.load_state_dict(theirs.state_dict())
         if recogniser is not None:
@@ -75,7 +73,7 @@ class TokenObjective(Objective):
         codes = masked(self.up(quantised(tokenizer.quantizer(x), tokenizer.config.levels)), counts)
         rows, starts = all_rows(len(x), x.device), torch.zeros_like(counts)
         heard = codes
-        for block in self.blocks:
+        for block in self.behind:
             heard = block(heard, counts, None, None, rows, starts, counts, View(0))
         losses = self.recogniser.losses(self.norm(heard), counts, speech)
         mel = self.mel(codes.mT).mT.unflatten(2, (2, -1)).flatten(1, 2)

@@ -1,7 +1,7 @@
 """Speech tokens of a text, block by block: voice-lm, t2s-projector, t2s and s2s (paper section 3.2).
 
-The LLM reads a conversation whose assistant's text is known; each of its tokens pairs its embedding with the hidden state
-that predicted it. With a spoken turn the user's positions come first, as query embeddings.
+The LLM reads a conversation whose assistant's text is known; each token pairs its embedding with the hidden state that
+predicted it. With a spoken turn the user's positions come first, as query embeddings.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from minmo.model import MinMo
 from minmo.state import join, take
-from minmo.training.contract import Objective
+from minmo.training.objectives import ModelObjective
 from minmo.training.objectives.text import TextBatch
 from minmo_kernels.ops.mix_semantic_speech.schedule import is_bistream
 
 
 @dataclass(frozen=True)
 class VoiceBatch:
-    """turn: the conversation, whose last `after` id (the end of the turn) is not spoken. prefix_lengths (batch,): ids of
-    `before` that are not the user's own words. speech (batch, m) int32 with lengths; blocks (batch,) bool: in blocks of
-    5:15 where the speech is long enough, else the text first."""
+    """turn: the conversation, whose last `after` id (the end of the turn) is not spoken. prefix_lengths (batch,): ids
+    of `before` that are not the user's own words. speech (batch, m) int32 with lengths; blocks (batch,) bool: in blocks
+    of 5:15 where the speech is long enough, else the text first."""
 
     turn: TextBatch
     prefix_lengths: Tensor
@@ -32,15 +32,15 @@ class VoiceBatch:
     blocks: Tensor
 
 
-class VoiceObjective(Objective):
+class VoiceObjective(ModelObjective):
     """Cross entropy of speech tokens, of `fill` after each block and of end of speech. query: put the user's turn
     before the text."""
 
     weights = {"speech": 1.0}
 
     def __init__(self, model: MinMo, query: bool) -> None:
-        super().__init__()
-        self.model, self.query = model, query
+        super().__init__(model)
+        self.query = query
 
     def counts(self, batch: VoiceBatch) -> dict[str, float]:
         """Every speech token, the end of speech and, in blocks, a fill a block are targets."""
@@ -66,7 +66,7 @@ class VoiceObjective(Objective):
 
     @torch.no_grad()
     def vectors(self, batch: VoiceBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Hidden states and embeddings (batch, n, dim) of query and text, and the lengths of both; the LLM is frozen."""
+        """States and embeddings (batch, n, dim) of query and text, and the lengths of both; the LLM is frozen."""
         model, turn = self.model, batch.turn
         x, lengths = model.llm.embed(turn.before), turn.before_lengths
         if turn.mel is not None and turn.mel_lengths is not None:

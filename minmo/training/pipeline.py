@@ -1,0 +1,61 @@
+"""All stages of a preset, one after the other, each from the model of the one before (`minmo train all`).
+
+A stage whose model is there is not run again; one that was stopped goes on from its last checkpoint. Before the first
+stage that reads speech tokens, the manifests of the assistant's speech get them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from minmo.training.loop import processes
+from minmo.training.recipe import Recipe, load_recipe, recipes
+from minmo.training.run import KINDS, run
+from minmo.training.stages import STAGES
+from minmo.training.tokenize import tokenize
+
+SMOKE = {"steps": 3, "warmup": 1, "log_every": 1, "validate_every": 3, "save_every": 3}
+"""Loop settings that only show that a stage runs."""
+SMOKE_SECONDS = 12.0
+
+
+def run_all(preset: str, data: Path, out: Path, *, smoke: bool = False, jobs: int = 1) -> Path:
+    """Runs every stage that has a recipe for the preset -> the folder of the last model.
+
+    smoke: a few steps of each on small batches. jobs: processes that tokenize. Raises ValueError where the preset has
+    no recipes, and what a stage raises.
+    """
+    names = [name for name in recipes() if name.startswith(f"{preset}/")]
+    if not names:
+        raise ValueError(f"there are no recipes for {preset}; known: {', '.join(recipes())}")
+    start: str | Path = preset
+    for number, name in enumerate(names, 1):
+        recipe = load_recipe(name)
+        stage = STAGES[recipe.stage]
+        folder = out / f"{number:02}-{stage.name}"
+        if not (folder / "model" / "model.safetensors").is_file():
+            print(f"{number} of {len(names)}: {stage.name}: {stage.goal}")
+            if KINDS.get(stage.name) in ("flow", "voice"):
+                _with_tokens(recipe, data, out, str(start), jobs)
+            began = time.monotonic()
+            run(_smoked(recipe) if smoke else recipe, start, data, folder, tokens=out / "tokens")
+            print(f"{stage.name} took {(time.monotonic() - began) / 60:.1f} minutes")
+        start = folder / "model"
+    return Path(start)
+
+
+def _smoked(recipe: Recipe) -> Recipe:
+    data = dataclasses.replace(recipe.data, max_seconds=min(recipe.data.max_seconds, SMOKE_SECONDS), buckets=2)
+    return dataclasses.replace(recipe, loop={**recipe.loop, **SMOKE}, data=data)
+
+
+def _with_tokens(recipe: Recipe, data: Path, out: Path, model: str, jobs: int) -> None:
+    """Speech tokens for the manifests that a stage reads, made once, by the first process."""
+    with processes() as here:
+        if here.rank == 0:
+            for name in (*(recipe.data.train or ()), *(recipe.data.valid or ())):
+                if not (out / "tokens" / name).is_file():
+                    tokenize(data / name, out / "tokens" / name, model, jobs=jobs)
+        here.wait()

@@ -1,0 +1,101 @@
+"""Speech tokens of the assistant's sound, written into a manifest once (`minmo tokenize`), for flow and voice stages.
+
+Work is cut into shares of lines, a process each; a share that is there is not done again, so a run that was stopped
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from lhotse.serialization import open_best
+from rich.progress import track
+
+from minmo import weights
+from minmo.data.manifest import describe_skipped, load_sound, read_manifest
+from minmo.data.schema import DataError
+from minmo.model import MinMo
+from minmo.training.batches import padded
+
+SHARE, BATCH = 256, 16
+"""Lines of a share, and of a pass through the tokenizer."""
+
+
+def tokenize(manifest: Path, out: Path, model: str, *, jobs: int = 1) -> Counter[str]:
+    """Writes the lines of `manifest` with `speech_tokens` of their `target_recording` to `out` (JSONL, .gz or not).
+
+    model: a preset or a model's folder, whose speech tokenizer serves. Returns how many lines were left out, by reason:
+    those whose sound cannot be used. Raises DataError for a manifest that cannot be read.
+    """
+    shares = out.with_name(f"{out.name}.shares")
+    shares.mkdir(parents=True, exist_ok=True)
+    todo = [(n, lines, shares, model) for n, lines in enumerate(_shares(manifest))]
+    # A forked process would inherit the threads of a PyTorch that has already computed.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        done = list(track(pool.map(_share, todo), "tokenizing", len(todo), transient=True))
+    unfinished = out.with_name(f"{out.name}.part{''.join(out.suffixes)}")
+    with open_best(unfinished, "w") as file:
+        for path in done:
+            print(path.read_text(encoding="utf-8"), end="", file=file)
+    unfinished.replace(out)
+    skipped: Counter[str] = Counter()
+    for path in done:
+        skipped.update(json.loads(path.with_suffix(".skipped").read_text(encoding="utf-8")))
+        path.unlink()
+        path.with_suffix(".skipped").unlink()
+    shares.rmdir()
+    print(describe_skipped(skipped))
+    return skipped
+
+
+def _shares(manifest: Path) -> Iterator[list[Any]]:
+    cuts = iter(read_manifest(manifest))
+    while lines := list(islice(cuts, SHARE)):
+        yield lines
+
+
+_MODELS: dict[str, MinMo] = {}
+
+
+def _share(task: tuple[int, list[Any], Path, str]) -> Path:
+    number, cuts, folder, name = task
+    path = folder / f"{number:06}.jsonl"
+    if path.is_file():
+        return path
+    torch.set_num_threads(1)
+    if name not in _MODELS:
+        _MODELS[name] = weights.load(name, device="cpu")
+    skipped: Counter[str] = Counter()
+    lines = []
+    for start in range(0, len(cuts), BATCH):
+        lines += _tokens(cuts[start : start + BATCH], _MODELS[name], skipped)
+    path.with_suffix(".skipped").write_text(json.dumps(skipped), encoding="utf-8")
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+@torch.inference_mode()
+def _tokens(cuts: Sequence[Any], model: MinMo, skipped: Counter[str]) -> list[dict[str, Any]]:
+    sounds, kept = [], []
+    for cut in cuts:
+        try:
+            sounds.append(torch.from_numpy(load_sound(cut, "target_recording")))
+            kept.append(cut)
+        except DataError as error:
+            skipped[error.reason] += 1
+    if not kept:
+        return []
+    ids, counts = model.speech_tokenizer.encode(*model.frontend(*padded(sounds)))
+    for cut, tokens, count in zip(kept, ids.tolist(), counts.tolist(), strict=True):
+        cut.custom["speech_tokens"] = tokens[:count]
+    return [cut.to_dict() for cut in kept]
