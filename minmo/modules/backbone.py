@@ -100,6 +100,19 @@ class DecoderLayer(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+def _as_computed(x: Tensor) -> Tensor:
+    """A tensor of the dtype in which projections of x come out: autocast's, where it is on."""
+    kind = x.device.type
+    return x.new_empty(0, dtype=torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def _continued(cache: Tensor, batch: int, size: int) -> Tensor:
+    """Keys or values (1, shared, ...) as the beginning of `batch` caches for `size` positions."""
+    return torch.cat(
+        [cache.expand(batch, *cache.shape[1:]), cache.new_zeros(batch, size - cache.shape[1], *cache.shape[2:])], 1
+    )
+
+
 def layer_cache(config: BackboneConfig, sessions: int, capacity: int, like: Tensor) -> KVCache:
     """An empty cache for one layer, with the dtype and device of `like`."""
     return kv_cache(sessions, capacity, config.kv_heads, config.head_dim, like)
@@ -145,17 +158,26 @@ class Backbone(nn.Module):
             raise ValueError("this backbone has no head (config.vocab is 0): use the hidden states")
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
-    def forward(self, x: Tensor, lengths: Lengths | None = None) -> Tensor:
-        """One shot: embeddings (batch, T, dim) -> hidden states after the final norm, same shape, zeros beyond."""
+    def forward(self, x: Tensor, lengths: Lengths | None = None, *, shared: int = 0) -> Tensor:
+        """One shot: embeddings (batch, T, dim) -> hidden states after the final norm, same shape, zeros beyond.
+
+        shared: so many first positions are the same in all entries, and are computed once; every length is larger.
+        """
         lengths = full_lengths(x) if lengths is None else lengths
         self._check_input(x, lengths)
         if x.numel() == 0:
             return x
-        x = masked(x, lengths)
-        rows, starts = all_rows(len(x), x.device), torch.zeros_like(lengths)
+        batch, size = x.shape[:2]
+        first, x = x[:1, :shared], masked(x[:, shared:], lengths - shared)
+        rows, starts = all_rows(batch, x.device), torch.full_like(lengths, shared)
         for layer in self.layers:
-            x = layer(x, lengths, None, rows, starts, lengths)
-        return self.norm(x)
+            cache = None
+            if shared:
+                own = layer_cache(self.config, 1, shared, _as_computed(x))
+                first = layer(first, starts[:1], own, rows[:1], torch.zeros_like(starts[:1]), starts[:1])
+                cache = KVCache(*(_continued(part, batch, size) for part in (own.k, own.v)))
+            x = layer(x, lengths - shared, cache, rows, starts, lengths)
+        return self.norm(torch.cat([first.expand(batch, -1, -1), x], dim=1))
 
     def initial_state(self, sessions: int, capacity: int) -> BackboneState:
         """Empty contexts of up to `capacity` positions for `sessions` sessions."""

@@ -68,7 +68,9 @@ class Builder:
         after = [torch.tensor([*line.suffix, *line.reply]) for line in layouts]
         asked = torch.tensor([len(line.suffix) for line in layouts], dtype=torch.int32)
         mel, frames = self._features(cuts) if cuts[0].has_recording else (None, None)
-        return TextBatch(*padded(before), *padded(after), asked, mel, frames, self._chunk(cuts))
+        ids, lengths = padded(before)
+        shared = int((ids == ids[:1]).all(dim=0)[: int(lengths.min())].cumprod(dim=0).sum())
+        return TextBatch(ids, lengths, *padded(after), asked, mel, frames, self._chunk(cuts), shared)
 
     def speech(self, cuts: Sequence[Any]) -> SpeechBatch:
         """What was said, for recognition."""

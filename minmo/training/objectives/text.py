@@ -23,7 +23,8 @@ class TextBatch:
     assistant's turn.
 
     mel (batch, frames, n_mels): of what was said, None for typed turns. asked (batch,): how many ids of `after` are
-    not learned. chunk: encoder frames that see each other; None = the session's, 0 = all. All lengths (batch,) int32.
+    not learned. chunk: encoder frames that see each other; None = the session's, 0 = all. shared: ids that
+    begin all of `before`. All lengths (batch,) int32.
     """
 
     before: Tensor
@@ -34,6 +35,7 @@ class TextBatch:
     mel: Tensor | None = None
     mel_lengths: Tensor | None = None
     chunk: int | None = None
+    shared: int = 0
 
     def targets(self) -> Tensor:
         """`after` where it is learned, -100 elsewhere. (batch, n) int64"""
@@ -63,5 +65,5 @@ class TextObjective(ModelObjective):
             x, lengths = join(x, lengths, *model.projector(frames, counts))
         first = lengths
         x, lengths = join(x, lengths, model.llm.embed(batch.after), batch.after_lengths)
-        hidden = model.llm(x[:, : int(lengths.max())], lengths)
+        hidden = model.llm(x[:, : int(lengths.max())], lengths, shared=batch.shared)
         return model.llm.logits(take(F.pad(hidden, (0, 0, 0, batch.after.shape[1])), first - 1, batch.after.shape[1]))

@@ -73,7 +73,7 @@ class VoiceObjective(ModelObjective):
             x, lengths = join(x, lengths, *model.projector(*model.encoder(turn.mel, turn.mel_lengths)))
         content = lengths
         x, lengths = join(x, lengths, model.llm.embed(turn.after), turn.after_lengths)
-        hidden = model.llm(x, lengths)
+        hidden = model.llm(x[:, : int(lengths.max())], lengths, shared=turn.shared)
         asked = turn.asked
         texts = (turn.after_lengths - asked - 1).to(torch.int32)
         size, first = int(texts.max()), content + asked
