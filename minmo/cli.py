@@ -1,4 +1,4 @@
-"""The `minmo` command: talk, transcribe, translate, ask, say, info, profile, doctor."""
+"""The `minmo` command: talk, transcribe, translate, ask, say, info, profile, doctor, train, tokenize, data."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from minmo.info import engine_rows, state_rows
 from minmo.info import rows as info_rows
 from minmo.model import MAX_POSITIONS, MOST_POSITIONS
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
+from minmo.training.command import add_to as add_training
 from minmo.weights import pick_device
 from minmo_kernels import BackendError
 from minmo_kernels.dispatch import OPS, backends_in_use
@@ -36,6 +37,7 @@ from minmo_kernels.dispatch import OPS, backends_in_use
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="MinMo: talk with a voice model."
 )
+add_training(app)
 out, err = Console(), Console(stderr=True)
 
 Sound = Annotated[str, typer.Argument(help="A sound file: 1 to 768 kHz, any number of channels.")]

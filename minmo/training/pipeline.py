@@ -16,9 +16,8 @@ from minmo.training.run import KINDS, run
 from minmo.training.stages import STAGES
 from minmo.training.tokenize import tokenize
 
-SMOKE = {"steps": 3, "warmup": 1, "log_every": 1, "validate_every": 3, "save_every": 3}
-"""Loop settings that only show that a stage runs."""
-SMOKE_SECONDS = 12.0
+SMOKE_STEPS, SMOKE_SECONDS = 3, 12.0
+"""Steps and batches that only show that a stage runs."""
 
 
 def run_all(preset: str, data: Path, out: Path, *, smoke: bool = False, jobs: int = 1) -> Path:
@@ -40,15 +39,19 @@ def run_all(preset: str, data: Path, out: Path, *, smoke: bool = False, jobs: in
             if KINDS.get(stage.name) in ("flow", "voice"):
                 _with_tokens(recipe, data, out, str(start), jobs)
             began = time.monotonic()
-            run(_smoked(recipe) if smoke else recipe, start, data, folder, tokens=out / "tokens")
+            run(smoked(recipe) if smoke else recipe, start, data, folder, tokens=out / "tokens")
             print(f"{stage.name} took {(time.monotonic() - began) / 60:.1f} minutes")
         start = folder / "model"
     return Path(start)
 
 
-def _smoked(recipe: Recipe) -> Recipe:
+def smoked(recipe: Recipe) -> Recipe:
+    """The recipe with a few small steps."""
     data = dataclasses.replace(recipe.data, max_seconds=min(recipe.data.max_seconds, SMOKE_SECONDS), buckets=2)
-    return dataclasses.replace(recipe, loop={**recipe.loop, **SMOKE}, data=data)
+    loop = dataclasses.replace(
+        recipe.loop, steps=SMOKE_STEPS, warmup=1, log_every=1, validate_every=SMOKE_STEPS, save_every=SMOKE_STEPS
+    )
+    return dataclasses.replace(recipe, loop=loop, data=data)
 
 
 def _with_tokens(recipe: Recipe, data: Path, out: Path, model: str, jobs: int) -> None:

@@ -90,12 +90,12 @@ class Plan:
     @property
     def flops(self) -> float:
         """Of one second of sound."""
-        again = 2 * self._loop("checkpoint_activations", bool)
+        again = 2 * self.recipe.loop.checkpoint_activations
         return sum(w.numel * w.rate * (2 + (2 + again) * w.passes + 2 * w.trains) for w in self.weights if not w.idle)
 
     def memory(self, gpus: int) -> Memory:
         """The module's docstring says what is counted."""
-        shards = gpus if self._loop("shard", bool) else 1
+        shards = gpus if self.recipe.loop.shard else 1
         width = self.width
         trained, frozen = self.trained, sum(w.numel for w in self.weights if not w.trains)
         blocks = _sums(self.weights, lambda w: w.numel * width * (1 + w.trains))
@@ -114,7 +114,7 @@ class Plan:
         through = [w for w in self.weights if w.passes and not w.logits]
         whole = _sums(through, lambda w: w.rate * (w.inputs + w.outputs))
         kept = sum(whole.values())
-        if self._loop("checkpoint_activations", bool) and whole:
+        if self.recipe.loop.checkpoint_activations and whole:
             first: dict[str, float] = {}
             for w in through:
                 if w.inputs:
@@ -126,42 +126,28 @@ class Plan:
     @property
     def width(self) -> int:
         """Bytes of a number in the arithmetic."""
-        return {"fp32": 4, "bf16": 2}[self._loop("precision", str)]
+        return {"fp32": 4, "bf16": 2}[self.recipe.loop.precision]
 
     @property
     def run_steps(self) -> int:
         """Optimizer steps that the recipe asks for."""
-        return self._loop("steps", int)
-
-    def _loop(self, name: str, kind: type) -> Any:
-        return _setting(self.recipe, name, kind)
+        return self.recipe.loop.steps
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Raises ValueError for a loop without precision, steps, accumulate, shard or checkpoint_activations."""
+    """What a recipe asks for, from names and shapes alone."""
     model, stage = shapes(load_config(recipe.preset)), STAGES[recipe.stage]
     if recipe.lora is not None:
         with torch.device("meta"), NothingDrawn():
             attach(model.llm, recipe.lora)
-    if _setting(recipe, "precision", str) not in ("fp32", "bf16"):
-        raise ValueError(f"loop.precision must be fp32 or bf16, got {recipe.loop['precision']!r}")
-    for name, kind in (("steps", int), ("shard", bool), ("checkpoint_activations", bool)):
-        _setting(recipe, name, kind)
     sizes: dict[str, tuple[int, int]] = {}
     for name, p in model.named_parameters():
         part = OUTPUT_PROJECTOR if name.startswith(OUTPUT_PROJECTOR) else f"{name.partition('.')[0]}."
         size, trains = sizes.get(part, (0, 0))
         sizes[part] = (size + p.numel(), trains + p.numel() * does_train(name, p, stage))
     hours = sum(c.hours if c.hours is not None else (c.samples or 0) * SAMPLE_SECONDS / 3600 for c in recipe.corpora)
-    seconds = recipe.data.max_seconds * _setting(recipe, "accumulate", int)
+    seconds = recipe.data.max_seconds * recipe.loop.accumulate
     return Plan(recipe, stage, sizes, tuple(weights_of(model, stage)), seconds, hours)
-
-
-def _setting(recipe: Recipe, name: str, kind: type) -> Any:
-    value = recipe.loop.get(name)
-    if type(value) is not kind:
-        raise ValueError(f"a plan needs loop.{name} ({kind.__name__}) in the recipe, got {value!r:.60}")
-    return value
 
 
 def _sums(weights: Any, of: Callable[[Weight], float]) -> dict[str, Any]:
@@ -211,7 +197,7 @@ def show(plan: Plan, console: Console) -> None:
     )
     console.print(
         "FLOPs: 6 N a position for what trains, 4 N for what is frozen behind it, 2 N for what is frozen before it"
-        f"{'; 2 N more for what is computed again' if recipe.loop['checkpoint_activations'] else ''}. Taken: "
+        f"{'; 2 N more for what is computed again' if recipe.loop.checkpoint_activations else ''}. Taken: "
         f"{SAMPLE_SECONDS:g} s a sample, {TEXT_RATE:g} text tokens a second of speech, {PROMPT} positions of ChatML a "
         "sample. Networks that only the loss needs (discriminators, heads of recognisers) are not counted."
     )
@@ -227,7 +213,7 @@ def show_stages(console: Console) -> None:
             recipe = load_recipe(name)
             corpora = "; ".join(f"{c.task} {_amount(c)}" for c in recipe.corpora)
             loop = recipe.loop
-            rate, schedule = f"{loop['lr']:g}", f"{loop['schedule']}, warm-up {loop['warmup']:,}"
+            rate, schedule = f"{loop.lr:g}", f"{loop.schedule}, warm-up {loop.warmup:,}"
         trains = ", ".join(prefix.rstrip(".") for prefix in stage.trains)
         table.add_row(stage.name, trains, ", ".join(stage.losses), corpora, rate, schedule, stage.source)
     console.print(table)

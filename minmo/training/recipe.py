@@ -14,12 +14,14 @@ import math
 import re
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from minmo.config import presets
+from minmo.training.augment import Augment
 from minmo.training.lora import LoRA
+from minmo.training.settings import LoopSettings
 from minmo.training.stages import STAGES
 
 T = TypeVar("T")
@@ -90,17 +92,17 @@ class FlowOptions:
 class Recipe:
     """One run of a stage.
 
-    loop and augment hold the fields of their own dataclasses, which `build` makes of them. chunks: sizes of the
-    encoder's chunk, in frames of 40 ms, of which each batch draws one; 0 = all frames. bistream_share: how often the
-    voice token LM gets its text in blocks, where the speech is long enough.
+    augment: how what users say is varied; left out, it is heard as it is. chunks: sizes of the encoder's chunk, in
+    frames of 40 ms, of which each batch draws one; 0 = all frames. bistream_share: how often the voice token LM gets
+    its text in blocks, where the speech is long enough.
     """
 
     stage: str
     preset: str
     corpora: tuple[Corpus, ...]
     data: Data
-    loop: dict[str, Any]
-    augment: dict[str, Any] = field(default_factory=dict)
+    loop: LoopSettings
+    augment: Augment | None = None
     chunks: tuple[int, ...] | None = None
     trainable: Literal["lora", "full"] | None = None
     lora: LoRA | None = None

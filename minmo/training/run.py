@@ -20,17 +20,16 @@ from minmo import weights
 from minmo.data.manifest import describe_skipped, read_manifest
 from minmo.model import MinMo
 from minmo.training import lora
-from minmo.training.augment import Augment
 from minmo.training.batches import Builder
 from minmo.training.contract import Objective
 from minmo.training.loader import Batches, Sampler
-from minmo.training.loop import LoopSettings, Result, fit, processes
+from minmo.training.loop import Result, fit, processes
 from minmo.training.objectives.recognition import EncoderObjective, Symbols
 from minmo.training.objectives.sound import FlowObjective, VocoderObjective
 from minmo.training.objectives.text import TextObjective
 from minmo.training.objectives.tokens import TokenObjective
 from minmo.training.objectives.voice import VoiceObjective
-from minmo.training.recipe import Recipe, build
+from minmo.training.recipe import Recipe
 from minmo.training.stages import STAGES
 
 HEADS = "heads.pt"
@@ -54,7 +53,7 @@ def run(
     model = weights.load(start, device="cpu").train()
     if model.tokenizer is None:
         raise ValueError(f"{start} has no tokenizer.json; every stage needs its layout of a turn")
-    stage, settings = STAGES[recipe.stage], build(LoopSettings, recipe.loop, f"{recipe.stage}: loop")
+    stage, settings = STAGES[recipe.stage], recipe.loop
     left: Counter[str] = Counter()
     folder = tokens if tokens is not None and KINDS.get(stage.name) in ("flow", "voice") else data
     train, valid = (
@@ -68,7 +67,7 @@ def run(
     objective = make_objective(recipe, model, symbols, Path(start))
     with processes() as here:
         builder = Builder(
-            model.config, model.tokenizer, build(Augment, recipe.augment, "augment") if recipe.augment else None,
+            model.config, model.tokenizer, recipe.augment,
             settings.seed, symbols, recipe.chunks or (), recipe.bistream_share or 1.0, recipe.flow,
         )  # fmt: skip
         plain = dataclasses.replace(builder, augment=None, chunks=())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,7 +55,7 @@ class LoopSettings:
     """A step whose loss or gradient norm is beyond this many times the running median is skipped; inf turns it off."""
     patience: int = 10
     """Skipped steps in a row after which training stops."""
-    lr_scale: Mapping[str, float] = field(default_factory=dict)
+    lr_scale: dict[str, float] = field(default_factory=dict)
     """Factor of the learning rate by prefix of parameter name, as {"encoder.": 0.4}; the longest prefix counts."""
 
     def __post_init__(self) -> None:

@@ -1,0 +1,8 @@
+"""`torchrun --nproc-per-node N -m minmo.training STAGE ...`: `minmo train` in each of N processes."""
+
+import typer
+
+from minmo.training.command import train
+
+if __name__ == "__main__":
+    typer.run(train)
