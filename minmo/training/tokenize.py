@@ -10,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -38,9 +39,12 @@ def tokenize(manifest: Path, out: Path, model: str, *, jobs: int = 1) -> Counter
     shares = out.with_name(f"{out.name}.shares")
     shares.mkdir(parents=True, exist_ok=True)
     todo = [(n, lines, shares, model) for n, lines in enumerate(_shares(manifest))]
-    # A forked process would inherit the threads of a PyTorch that has already computed.
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        done = list(track(pool.map(_share, todo), "tokenizing", len(todo), transient=True))
+    with ExitStack() as stack:
+        work = map(_share, todo)
+        if jobs > 1:  # spawned: a forked process would inherit the threads of a PyTorch that has already computed
+            pool = stack.enter_context(ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)))
+            work = pool.map(_share, todo)
+        done = list(track(work, "tokenizing", len(todo), transient=True))
     unfinished = out.with_name(f"{out.name}.part{''.join(out.suffixes)}")
     with open_best(unfinished, "w") as file:
         for path in done:
@@ -70,7 +74,6 @@ def _share(task: tuple[int, list[Any], Path, str]) -> Path:
     path = folder / f"{number:06}.jsonl"
     if path.is_file():
         return path
-    torch.set_num_threads(1)
     if name not in _MODELS:
         _MODELS[name] = weights.load(name, device="cpu")
     skipped: Counter[str] = Counter()

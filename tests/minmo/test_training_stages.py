@@ -1,0 +1,147 @@
+"""Every stage on a corpus of two recordings: what trains and what does not, what is counted, and that it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lhotse")
+
+from minmo import load
+from minmo.data.manifest import read_manifest
+from minmo.data.nano.smoke import build
+from minmo.training.batches import Builder
+from minmo.training.objectives.recognition import Symbols
+from minmo.training.objectives.text import TextObjective
+from minmo.training.recipe import load_recipe
+from minmo.training.run import KINDS, make_objective
+from minmo.training.stages import STAGES
+from minmo.training.tokenize import tokenize
+
+TRAINED = [name for name in STAGES if name != "duplex"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    build(folder)
+    for task in ("tts", "s2s"):
+        plain = folder / f"train-{task}.jsonl.gz"
+        plain.rename(folder / f"plain-{task}.jsonl.gz")
+        tokenize(folder / f"plain-{task}.jsonl.gz", plain, "nano")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_seed() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def stage_and_batch(name: str, corpus: Path, cuts: int = 3) -> tuple[Any, Any]:
+    recipe = load_recipe(f"nano/{name}")
+    model = load("nano").train()
+    lines = [cut for path in recipe.data.train or () for cut in read_manifest(corpus / path)]
+    lines = [*lines[:cuts], *lines[-cuts:]]
+    symbols = Symbols.of(line.custom["text"] for line in lines) if "word_ctc" in STAGES[name].losses else None
+    assert model.tokenizer is not None
+    builder = Builder(model.config, model.tokenizer, symbols=symbols, flow_options=recipe.flow)
+    objective = make_objective(recipe, model, symbols, corpus)
+    return objective, getattr(builder, KINDS.get(name, "text"))(lines)
+
+
+def mean(objective: Any, batch: Any) -> torch.Tensor:
+    counts, sums = objective.counts(batch), objective(batch)
+    assert counts.keys() == sums.keys() == objective.weights.keys() == set(STAGES_LOSSES[type(objective).__name__])
+    return torch.stack([objective.weights[n] * sums[n] / max(counts[n], 1) for n in sums]).sum()
+
+
+STAGES_LOSSES = {
+    "TextObjective": ("text",),
+    "EncoderObjective": ("word_ctc", "character_ctc"),
+    "TokenObjective": ("word_ctc", "character_ctc", "mel"),
+    "FlowObjective": ("flow",),
+    "VocoderObjective": ("spectrum", "mel", "pitch"),
+    "VoiceObjective": ("speech",),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_stage_trains_what_it_names_and_nothing_else(name: str, corpus: Path) -> None:
+    objective, batch = stage_and_batch(name, corpus)
+    before = {k: v.clone() for k, v in objective.model.state_dict().items()}
+    own = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(own, lr=1e-2)
+    mean(objective, batch).backward()
+    assert all([p.grad is None for p in objective.parameters() if not p.requires_grad])
+    optimizer.step()
+    changed = {k for k, v in objective.model.state_dict().items() if not torch.equal(v, before[k])}
+    named = {k for k, _ in objective.model.named_parameters() if k.startswith(STAGES[name].trains)}
+    assert changed <= named
+    # Rows of tables that the batch does not use, keys' biases (softmax does not see them) and the like stay.
+    assert len(changed) > 0.8 * len(named), sorted(named - changed)
+
+
+@pytest.mark.parametrize("name", ["text-lm", "encoder", "sft", "flow", "voice-lm"])
+def test_a_stage_learns_one_batch(name: str, corpus: Path) -> None:
+    objective, batch = stage_and_batch(name, corpus, cuts=1)
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=3e-3)
+    first = mean(objective, batch).item()
+    for _ in range(20):
+        loss = mean(objective, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert mean(objective, batch).item() < 0.6 * first
+
+
+def test_speech_is_counted_as_the_decoder_targets_it(corpus: Path) -> None:
+    for name in ("voice-lm", "s2s"):
+        objective, batch = stage_and_batch(name, corpus)
+        for blocks in (True, False):
+            batch = dataclasses.replace(batch, blocks=torch.full_like(batch.blocks, blocks))
+            _, targets = objective.logits(batch)
+            assert objective.counts(batch)["speech"] == float((targets != -100).sum())
+
+
+def test_text_is_learned_from_the_assistant_alone(corpus: Path) -> None:
+    objective, batch = stage_and_batch("sft", corpus)
+    tokenizer = objective.model.tokenizer
+    for row, targets in zip(batch.after, batch.targets(), strict=True):
+        learned = [int(i) for i in targets if i != -100]
+        assert learned[-1] == tokenizer.end_of_turn
+        suffix = tokenizer.turn("")[1]
+        assert row[: len(suffix)].tolist() == suffix and (targets[: len(suffix)] == -100).all()
+        assert row[len(suffix) : len(suffix) + len(learned)].tolist() == learned
+
+
+def test_what_a_batch_shares_changes_nothing(corpus: Path) -> None:
+    objective, batch = stage_and_batch("text-lm", corpus)
+    assert isinstance(objective, TextObjective) and batch.shared > 10
+    results = []
+    for shared in (0, batch.shared):
+        objective.zero_grad()
+        loss = mean(objective, dataclasses.replace(batch, shared=shared))
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in objective.parameters() if p.grad is not None])
+        results.append((loss.detach(), gradient))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-3)
+
+
+def test_tokens_are_those_of_the_speech(corpus: Path) -> None:
+    model = load("nano")
+    cuts = list(read_manifest(corpus / "train-tts.jsonl.gz"))
+    for cut in cuts[:2]:
+        # 25 a second of sound, filled up to 80 ms; the mel frames of the flow are twice as many.
+        tokens = cut.custom["speech_tokens"]
+        assert len(tokens) == 2 * -(-round(cut.duration * 16_000) // 1280)
+        assert max(tokens) < model.config.flow.codes and len(set(tokens)) > 3
+        builder = Builder(model.config, model.tokenizer)
+        assert len(builder._spectrogram(cut)) == 2 * len(tokens)
