@@ -67,10 +67,11 @@ class _FastLayer(DecoderLayer):
         *,
         window: int = 0,
         ring: bool = False,
+        before: KVCache | None = None,
     ) -> Tensor:
         """As DecoderLayer's."""
         if x.shape[1] != 1 or len(x) > self.most_rows or cache is None:
-            return super().forward(x, lengths, cache, rows, starts, ends, window=window, ring=ring)
+            return super().forward(x, lengths, cache, rows, starts, ends, window=window, ring=ring, before=before)
         return self._one(x, cache, rows, starts, ends, window, ring)
 
     def _one(

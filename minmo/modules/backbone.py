@@ -75,15 +75,19 @@ class DecoderLayer(nn.Module):
         *,
         window: int = 0,
         ring: bool = False,
+        before: KVCache | None = None,
     ) -> Tensor:
         """x (batch, T, dim), zeros beyond `lengths` (batch,) -> (batch, T, dim), zeros there too.
 
         rows: -1 where a length is 0. cache: the session's keys and values, written in place; None in one shot. starts,
         ends (sessions,) int32: positions in each cache before and after this call. window > 0: a position sees the last
-        `window` positions, its own included. ring: position p lies in slot p % capacity (needs a window).
+        `window` positions, its own included. ring: position p lies in slot p % capacity (needs a window). before:
+        keys and values (1, n, ...) that every entry begins with, instead of a cache; starts and ends count them.
         """
         config = self.config
         qkv = self.qkv(self.input_norm(x))
+        if before is not None:
+            cache = KVCache(*(_continued(part, len(x), x.shape[1]) for part in (before.k, before.v)))
         if cache is None:  # of this layer alone, so that autograd keeps it, and in qkv's dtype, which autocast chooses
             cache = layer_cache(config, len(x), x.shape[1], qkv)
         q = mk.append_kv(
@@ -106,11 +110,10 @@ def _as_computed(x: Tensor) -> Tensor:
     return x.new_empty(0, dtype=torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
-def _continued(cache: Tensor, batch: int, size: int) -> Tensor:
-    """Keys or values (1, shared, ...) as the beginning of `batch` caches for `size` positions."""
-    return torch.cat(
-        [cache.expand(batch, *cache.shape[1:]), cache.new_zeros(batch, size - cache.shape[1], *cache.shape[2:])], 1
-    )
+def _continued(cache: Tensor, batch: int, more: int) -> Tensor:
+    """Keys or values (1, n, ...) as the beginning of `batch` caches with room for `more` positions."""
+    room = cache.new_zeros(batch, more, *cache.shape[2:])
+    return torch.cat([cache.expand(batch, *cache.shape[1:]), room], dim=1)
 
 
 def layer_cache(config: BackboneConfig, sessions: int, capacity: int, like: Tensor) -> KVCache:
@@ -167,16 +170,15 @@ class Backbone(nn.Module):
         self._check_input(x, lengths)
         if x.numel() == 0:
             return x
-        batch, size = x.shape[:2]
+        batch = len(x)
         first, x = x[:1, :shared], masked(x[:, shared:], lengths - shared)
         rows, starts = all_rows(batch, x.device), torch.full_like(lengths, shared)
         for layer in self.layers:
-            cache = None
+            before = None
             if shared:
-                own = layer_cache(self.config, 1, shared, _as_computed(x))
-                first = layer(first, starts[:1], own, rows[:1], torch.zeros_like(starts[:1]), starts[:1])
-                cache = KVCache(*(_continued(part, batch, size) for part in (own.k, own.v)))
-            x = layer(x, lengths - shared, cache, rows, starts, lengths)
+                before = layer_cache(self.config, 1, shared, _as_computed(x))
+                first = layer(first, starts[:1], before, rows[:1], torch.zeros_like(starts[:1]), starts[:1])
+            x = layer(x, lengths - shared, None, rows, starts, lengths, before=before)
         return self.norm(torch.cat([first.expand(batch, -1, -1), x], dim=1))
 
     def initial_state(self, sessions: int, capacity: int) -> BackboneState:

@@ -54,22 +54,26 @@ def train(
             return show(plan(recipe), out)
     if output is None:
         raise ValueError("training needs a folder for checkpoints and the model: give --out")
-    if data is None and smoke:
-        from minmo.data.nano.smoke import build
-
-        data = output / "data"
-        build(data)
-    if data is None:
+    if data is None and not smoke:
         raise ValueError("training needs manifests: give --data (minmo data nano DIR builds those of nano)")
+    from minmo.data.nano.smoke import build
+    from minmo.training.parallel import processes
     from minmo.training.pipeline import run_all, smoked
     from minmo.training.run import run
 
-    if stage == "all":
-        made = run_all(preset, data, output, smoke=smoke, jobs=jobs)
-    else:
-        run(smoked(recipe) if smoke else recipe, start or recipe.preset, data, output, skip_bad=skip_bad)
-        made = output / "model"
-    out.print(f"the model is in {made}", highlight=False)
+    with processes() as here:  # one group for all that follows: torchrun's store knows each address once
+        if data is None:
+            data = output / "data"
+            if here.rank == 0:
+                build(data)
+            here.wait()
+        if stage == "all":
+            made = run_all(preset, data, output, smoke=smoke, jobs=jobs)
+        else:
+            run(smoked(recipe) if smoke else recipe, start or recipe.preset, data, output, skip_bad=skip_bad)
+            made = output / "model"
+        if here.rank == 0:
+            out.print(f"the model is in {made}", highlight=False)
 
 
 def tokenize(

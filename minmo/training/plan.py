@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Table
 
 from minmo.config import load_config
 from minmo.model import NothingDrawn, shapes
@@ -205,18 +205,20 @@ def show(plan: Plan, console: Console) -> None:
 
 def show_stages(console: Console) -> None:
     """Prints the stages in their order, with what the recipe for minmo-8b says where there is one."""
-    table = Table(Column("stage", no_wrap=True), "trains", "losses", "corpora", "learning rate", "schedule", "source")
     shipped = recipes()
     for stage in STAGES.values():
-        corpora, rate, schedule = ", ".join(stage.tasks), "-", "-"
-        if (name := f"minmo-8b/{stage.name}") in shipped:
-            recipe = load_recipe(name)
-            corpora = "; ".join(f"{c.task} {_amount(c)}" for c in recipe.corpora)
-            loop = recipe.loop
-            rate, schedule = f"{loop.lr:g}", f"{loop.schedule}, warm-up {loop.warmup:,}"
+        console.print(f"[bold]{stage.name}[/]: {stage.goal} ({stage.source})")
         trains = ", ".join(prefix.rstrip(".") for prefix in stage.trains)
-        table.add_row(stage.name, trains, ", ".join(stage.losses), corpora, rate, schedule, stage.source)
-    console.print(table)
+        console.print(f"  trains {trains}; all else is frozen. losses: {', '.join(stage.losses)}", highlight=False)
+        if (name := f"minmo-8b/{stage.name}") not in shipped:
+            console.print(f"  data: {', '.join(stage.tasks)}; no recipe for minmo-8b: unpublished", highlight=False)
+            continue
+        recipe = load_recipe(name)
+        corpora = "; ".join(f"{c.task} {_amount(c)}" for c in recipe.corpora)
+        rate = (
+            f"{recipe.loop.lr:g}, {recipe.loop.schedule}, warm-up {recipe.loop.warmup:,} of {recipe.loop.steps:,} steps"
+        )
+        console.print(f"  minmo-8b: {corpora}\n  learning rate {rate}", highlight=False)
 
 
 def _amount(corpus: Corpus) -> str:

@@ -21,6 +21,7 @@ from minmo.data.manifest import describe_skipped, read_manifest
 from minmo.model import MinMo
 from minmo.training import lora
 from minmo.training.batches import Builder
+from minmo.training.checkpoints import load_trained
 from minmo.training.contract import Objective
 from minmo.training.loader import Batches, Sampler
 from minmo.training.loop import Result, fit, processes
@@ -83,11 +84,17 @@ def run(
 
         loader = batches(train, builder, settings.seed, d.workers)
         checker = (lambda: _validate(objective, batches(valid, plain, 0, 0), here.sum, here.device)) if valid else None
-        result = fit(objective, loader, settings, out / "checkpoints", validate=checker)
+        spread = dataclasses.replace(settings, shard=settings.shard or here.world > 1)
+        result = fit(objective, loader, spread, out / "checkpoints", validate=checker)
         if left or loader.skipped:
             print(describe_skipped(left + loader.skipped))
+        # Into a model of its own: the one that trained may be spread over many processes.
+        complete = weights.load(start, device="cpu")
+        made = make_objective(recipe, complete, symbols, Path(start))
+        load_trained(result.last, made)
         if here.rank == 0:
-            export(objective, model, out)
+            export(made, complete, out / "model")
+        here.wait()
     return result
 
 
@@ -121,18 +128,18 @@ def make_objective(recipe: Recipe, model: MinMo, symbols: Symbols | None, start:
     return tokens
 
 
-def export(objective: Objective, model: MinMo, out: Path) -> None:
-    """The whole model, adapters merged, and the heads that are training's own."""
+def export(objective: Objective, model: MinMo, folder: Path) -> None:
+    """Writes the whole model, adapters merged, and the heads that are training's own."""
     if lora.adapters(model.llm):
         lora.merge(model.llm)
-    weights.save(model, out / "model")
+    weights.save(model, folder)
     heads = {k: v.cpu() for k, v in objective.state_dict().items() if not k.startswith("model.")}
     if heads:
-        torch.save(heads, out / "model" / HEADS)
+        torch.save(heads, folder / HEADS)
     recogniser = getattr(objective, "recogniser", None)
     if recogniser is not None:
         symbols = {"words": recogniser.symbols.words, "characters": recogniser.symbols.characters}
-        (out / "model" / "symbols.json").write_text(json.dumps(symbols, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / "symbols.json").write_text(json.dumps(symbols, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _symbols(start: Path, manifests: Sequence[Any]) -> Symbols:
