@@ -40,7 +40,7 @@ def tokenize(manifest: Path, out: Path, model: str, *, jobs: int = 1) -> Counter
     shares.mkdir(parents=True, exist_ok=True)
     todo = [(n, lines, shares, model) for n, lines in enumerate(_shares(manifest))]
     with ExitStack() as stack:
-        work = map(_share, todo)
+        work: Iterator[Path] = map(_share, todo)
         if jobs > 1:  # spawned: a forked process would inherit the threads of a PyTorch that has already computed
             pool = stack.enter_context(ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (1,)))
             work = pool.map(_share, todo)

@@ -188,8 +188,8 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
                 if task == "qa" and sentence.reply in answers:
                     spoken = {"target_recording": answers[sentence.reply], "target_recording_unaligned": True}
                     add(f"{part}-s2s", _cut(cut.recording, f"{cut.id}-s2s", **{**cut.custom, **spoken, "task": "s2s"}))
-    for n, (instruction, said, text) in enumerate(dict.fromkeys(typed(TYPED))):
-        custom = {"task": "text", "instruction": instruction, "source_text": said, "text": text}
+    for n, (instruction, question, text) in enumerate(dict.fromkeys(typed(TYPED))):
+        custom = {"task": "text", "instruction": instruction, "source_text": question, "text": text}
         add(f"{'valid' if n % VALID == 0 else 'train'}-text", _typed(f"text-{n}", custom))
     for n, (text, recording) in enumerate(answers.items()):
         part = "valid" if n % VALID == 0 else "train"
