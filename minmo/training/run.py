@@ -51,6 +51,8 @@ def run(
 
     Raises what `minmo.load`, `read_manifest` and `fit` raise, each with its fix.
     """
+    if recipe.stage == "duplex":
+        raise ValueError("the duplex stage has its recipe and its data (minmo/data/duplex.py), but no objective yet")
     model = weights.load(start, device="cpu").train()
     if model.tokenizer is None:
         raise ValueError(f"{start} has no tokenizer.json; every stage needs its layout of a turn")
