@@ -1,9 +1,9 @@
 """Checkpoints of a run: written beside training, whole or absent, and continued from on any number of processes.
 
 `step-000123/` is a PyTorch distributed checkpoint of the trained parameters and their optimizer state, with `run.json`
-(step, settings, names and shapes, spike guard) and `loader.pt` (position in the data). It is written as
-`step-000123.tmp` and renamed when every byte of every process is on the disk. `best.json` names the checkpoint with
-the lowest score. Random states are not kept: the loop draws from (seed, step) alone.
+(step, settings, names and shapes, spike guard, the best checkpoint so far) and `loader.pt` (position in the data). It is
+written as `step-000123.tmp` and renamed when every byte of every process is on the disk. Random states are not kept:
+the loop draws from (seed, step) alone.
 
 A checkpoint's metadata and loader state are pickles: continue only from folders that you trust.
 """
@@ -31,7 +31,7 @@ from minmo.training.parallel import Processes, processes
 from minmo.training.settings import LoopSettings, TrainingError
 
 _WHOLE = re.compile(r"step-(\d{6,})")
-_RUN, _LOADER, _BEST = "run.json", "loader.pt", "best.json"
+_RUN, _LOADER = "run.json", "loader.pt"
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ def step_of(checkpoint: Path) -> int:
 
 
 def best(out: Path) -> Best | None:
-    """None where no validation gave a score yet, or its checkpoint is gone."""
-    if not (out / _BEST).is_file():
+    """As the newest checkpoint knows it; None where no validation gave a score yet, or its checkpoint is gone."""
+    found = whole(out)
+    stored = _run(found[-1])["best"] if found else None
+    if stored is None or not (out / stored["checkpoint"]).is_dir():
         return None
-    stored = json.loads((out / _BEST).read_text(encoding="utf-8"))
-    checkpoint = out / stored["checkpoint"]
-    return Best(checkpoint, stored["score"]) if checkpoint.is_dir() else None
+    return Best(out / stored["checkpoint"], stored["score"])
 
 
 def load_trained(checkpoint: Path, module: nn.Module) -> None:
@@ -158,27 +158,27 @@ class Checkpoints:
         part = final.with_name(final.name + ".tmp")
         if score is not None:
             self.best = Best(final, score)
-        written = dcp.async_save(
-            self._tensors(),
-            storage_writer=dcp.FileSystemWriter(part, sync_files=True),
-            process_group=self._group,
-        )
+        files = {}
         if self._here.rank == 0:
             run = {
                 "step": step,
                 "settings": self._settings.decisive(),
                 "parameters": self._shapes,
                 "extra": self._extra.state_dict(),
-                "processes": self._here.world,
+                "best": {"checkpoint": self.best.checkpoint.name, "score": self.best.score} if self.best else None,
             }
             position = io.BytesIO()
             torch.save(self._loader.state_dict(), position)
             files = {_RUN: json.dumps(run, indent=1).encode(), _LOADER: position.getvalue()}
+        self._pending = dcp.async_save(
+            self._tensors(),
+            storage_writer=dcp.FileSystemWriter(part, sync_files=True),
+            process_group=self._group,
+        )
+        if self._here.rank == 0:
             thread = ThreadPoolExecutor(1)
-            self._pending = thread.submit(self._finish, written, final, part, files, self.best)
+            self._pending = thread.submit(self._finish, self._pending, final, part, files, self.best)
             thread.shutdown(wait=False)
-        else:
-            self._pending = written
 
     def _finish(
         self, written: Future[Any], final: Path, part: Path, files: dict[str, bytes], at_best: Best | None
@@ -190,10 +190,6 @@ class Checkpoints:
                 _write(part / name, content)
             os.rename(part, final)
             _sync(self._out)
-            if at_best is not None and at_best.checkpoint == final:
-                note = {"checkpoint": final.name, "score": at_best.score}
-                _write(self._out / f"{_BEST}.tmp", json.dumps(note).encode())
-                os.replace(self._out / f"{_BEST}.tmp", self._out / _BEST)
         except BaseException as error:
             free = shutil.disk_usage(self._out).free / 1e6
             shutil.rmtree(part, ignore_errors=True)  # what was written of it fills the disk

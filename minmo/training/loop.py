@@ -94,7 +94,8 @@ def fit(
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise TrainingError(
-                f"log could not be written to {out} ({error.strerror}); {newest(Path(out))}: make room and start again"
+                f"the log in {out} could not be written to ({error.strerror}); {newest(Path(out))}: make room and "
+                "start again"
             ) from error
 
 
@@ -142,11 +143,12 @@ class _Run:
                     values |= {"seconds": passed, "items_per_second": items / passed}
                     records.write(step, "train", values)
                     clock, items = time.monotonic(), 0
-                score = None
+                score, paused = None, time.monotonic()
                 if step % settings.validate_every == 0 or step == settings.steps:
                     score = self._validation(step, validate, samples, records)
                 if score is not None or step % settings.save_every == 0 or step == settings.steps:
                     checkpoints.save(step, score)
+                clock += time.monotonic() - paused
                 if records:
                     records.advance(step)
             checkpoints.settle()
@@ -162,9 +164,7 @@ class _Run:
             best.score if best else None,
         )
 
-    def _step(
-        self, step: int, batches: Iterator[tuple[Any, list[str]]]
-    ) -> tuple[dict[str, float | str], int, str | None]:
+    def _step(self, step: int, batches: Batches) -> tuple[dict[str, float], int, str | None]:
         """One optimizer step: its values, the items of all processes, and why it was skipped if it was."""
         settings, here, objective = self.settings, self.here, self.objective
         self._seed(step, "loader")
