@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import soundfile
@@ -40,10 +41,10 @@ def exchange(cut: Cut) -> tuple[Utterance, Utterance]:
     return utterance(cut), Utterance(load_sound(cut, "target_recording"), cut.custom["text"])
 
 
-def dialogue_cut(dialogue: Dialogue) -> MonoCut:
-    """A line of the task duplex, its channels in memory as 16-bit FLAC: write it with CutSet.to_shar."""
-    user = _recording(dialogue.name, dialogue.user)
-    assistant = _recording(f"{dialogue.name}-assistant", dialogue.assistant)
+def dialogue_cut(dialogue: Dialogue, folder: Path | None = None) -> MonoCut:
+    """A line of the task duplex, its channels 16-bit FLAC: files in a folder, or in memory, for CutSet.to_shar."""
+    user = _recording(dialogue.name, dialogue.user, folder)
+    assistant = _recording(f"{dialogue.name}-assistant", dialogue.assistant, folder)
     custom = {
         "task": "duplex",
         "events": [asdict(event) for event in dialogue.events],
@@ -59,7 +60,11 @@ def duplex_samples(cut: Cut) -> list[Sample]:
     return samples(cut.recording.id, events_of(cut), round(cut.duration * SAMPLE_RATE))
 
 
-def _recording(name: str, channel: np.ndarray) -> Recording:
+def _recording(name: str, channel: np.ndarray, folder: Path | None) -> Recording:
     file = io.BytesIO()
     soundfile.write(file, channel, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return Recording.from_bytes(file.getvalue(), recording_id=name)
+    if folder is None:
+        return Recording.from_bytes(file.getvalue(), recording_id=name)
+    path = folder / f"{name}.flac"
+    path.write_bytes(file.getvalue())
+    return Recording.from_file(path, recording_id=name)

@@ -19,7 +19,7 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item, open_best
 
 from minmo.config import SAMPLE_RATE, is_real, is_whole
-from minmo.data.duplex import Event, check_events
+from minmo.data.duplex import USER_TURNS, Event, check_events
 from minmo.data.schema import TASKS, DataError
 
 SILENT = 1e-4
@@ -241,6 +241,12 @@ def _check_events(cut: Cut, field: str, value: Any, limits: Limits) -> None:
         check_events([Event(**event) for event in value], round(cut.duration * SAMPLE_RATE))
     except ValueError as error:
         raise _wrong(cut, field, f"are wrong: {error}", f"wrong {field}") from None
+    turns, marks = sum(event["kind"] in USER_TURNS for event in value), cut.custom.get("ambiguous")
+    if marks is None:
+        return
+    if not isinstance(marks, list) or len(marks) != turns or not all(isinstance(mark, bool) for mark in marks):
+        what = f"is {marks!r:.40}; write true or false for each of the {turns} turns of the user's"
+        raise _wrong(cut, "ambiguous", what, "wrong ambiguous")
 
 
 _CHECKS: dict[str, Callable[[Any, str, Any, Limits], None]] = {

@@ -58,6 +58,9 @@ FIELDS = {
         'list of {"kind", "start", "end", "text"}',
         f"times in samples of 16 kHz since the cut's start; kinds: {', '.join(KINDS)}",
     ),
+    "ambiguous": Field(
+        "list of true or false", "a value for each turn of the user's: some first words of it could be all that is said"
+    ),
 }
 
 
@@ -144,7 +147,7 @@ TASKS: dict[str, Task] = {
     ),
     "duplex": Task(
         "a dialogue: the user's channel is the recording, the assistant's the target", ("recording", "events"),
-        ("target_recording", "language"),
+        ("target_recording", "language", "ambiguous"),
         _line("duplex", 5.0, "dialogue", events=[
             {"kind": "user", "start": 4800, "end": 30400, "text": "What is seven plus five?"},
             {"kind": "assistant", "start": 43200, "end": 67200, "text": "It is twelve."},

@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minmo.config import MinMoConfig
+from minmo.data.dialogues import duplex_samples
 from minmo.data.draws import draws
+from minmo.data.duplex import UNSUPERVISED, listening_context
 from minmo.data.manifest import load_sound
 from minmo.data.schema import layout
 from minmo.state import Lengths
@@ -24,6 +26,7 @@ from minmo.token2wav.mel import HOP, RATE, mel_spectrogram
 from minmo.tokenizer.frontend import Frontend
 from minmo.tokenizer.text import TextTokenizer
 from minmo.training.augment import Augment
+from minmo.training.objectives.duplex import DuplexBatch
 from minmo.training.objectives.recognition import SpeechBatch, Symbols
 from minmo.training.objectives.sound import FlowBatch, SoundBatch
 from minmo.training.objectives.text import TextBatch
@@ -33,6 +36,8 @@ from minmo.training.recipe import FlowOptions
 
 CROP = 40
 """Mel frames of sound that the vocoder learns from at a time (0.8 s)."""
+MOST_TURNS = 16
+"""Open turns in a batch of dialogues: each is read in a context of its own. More are drawn from."""
 
 
 @dataclass
@@ -119,13 +124,33 @@ class Builder:
         seeds = torch.from_numpy(self.generator(cuts[0].id).integers(0, 2**62, len(cuts)))
         return SoundBatch(audio, f0, seeds)
 
+    def duplex(self, cuts: Sequence[Any]) -> DuplexBatch:
+        """Open user turns of dialogues, with what was heard and said before them.
+
+        Raises ValueError where sound would be augmented: labels are times of the sound as it is.
+        """
+        if self.augment is not None:
+            raise ValueError("the times of a dialogue's events do not bear augmentation: remove `augment`")
+        turns = [(n, sample) for n, cut in enumerate(cuts) for sample in duplex_samples(cut)]
+        if len(turns) > MOST_TURNS:
+            drawn = self.generator(f"{cuts[0].id} turns").choice(len(turns), MOST_TURNS, replace=False)
+            turns = [turns[i] for i in sorted(drawn)]
+        contexts = [listening_context(self.tokenizer, sample.closed, sample.open) for _, sample in turns]
+        ids, lengths = padded([torch.tensor(line) for line, _ in contexts])
+        positions, _ = padded([torch.tensor(line) for _, line in contexts])
+        turn_taking, opened = padded([torch.from_numpy(s.turn_taking) for _, s in turns], UNSUPERVISED)
+        barge_in, _ = padded([torch.from_numpy(s.barge_in) for _, s in turns], UNSUPERVISED)
+        dialogue = torch.tensor([n for n, _ in turns])
+        return DuplexBatch(
+            *self._mel(cuts), ids, positions, lengths, dialogue, opened, turn_taking, barge_in
+        )
+
     def _chunk(self, cuts: Sequence[Any]) -> int | None:
         return int(self.generator(f"{cuts[0].id} chunk").choice(self.chunks)) if self.chunks else None
 
     def _features(self, cuts: Sequence[Any]) -> tuple[Tensor, Lengths]:
         """Log-mel frames of what is said, the user's or else the assistant's -> (batch, frames, n_mels), lengths."""
-        sounds = [load_sound(cut, "target_recording" if cut.recording is None else "recording") for cut in cuts]
-        mel, counts = self.frontend(*padded([torch.from_numpy(sound) for sound in sounds]))
+        mel, counts = self._mel(cuts)
         if self.augment is None or self.epoch < self.augment.from_epoch:
             return mel, counts
         silence = (self.config.frontend.floor + 4) / 4
@@ -135,6 +160,11 @@ class Builder:
             for m, n, cut in zip(mel, counts, cuts, strict=True)
         ]
         return padded(varied)
+
+    def _mel(self, cuts: Sequence[Any]) -> tuple[Tensor, Lengths]:
+        """Of the sound as it is."""
+        sounds = [load_sound(cut, "target_recording" if cut.recording is None else "recording") for cut in cuts]
+        return self.frontend(*padded([torch.from_numpy(sound) for sound in sounds]))
 
     def _spectrogram(self, cut: Any) -> Tensor:
         """Of the assistant's sound, (frames, n_mels), an even number of frames: two a speech token."""
@@ -154,10 +184,10 @@ class Builder:
         return piece, pyworld.stonemask(wide, f0, times, RATE)[:CROP].astype(np.float32)
 
 
-def padded(items: Sequence[Tensor]) -> tuple[Tensor, Lengths]:
-    """Tensors (n_i, ...) -> (batch, max n_i, ...), zeros beyond, and the lengths int32."""
+def padded(items: Sequence[Tensor], fill: float = 0) -> tuple[Tensor, Lengths]:
+    """Tensors (n_i, ...) -> (batch, max n_i, ...), `fill` beyond, and the lengths int32."""
     lengths = torch.tensor([len(item) for item in items], dtype=torch.int32)
-    return pad_sequence(list(items), batch_first=True), lengths
+    return pad_sequence(list(items), batch_first=True, padding_value=fill), lengths
 
 
 def _fitted(mel: Tensor, frames: int) -> Tensor:

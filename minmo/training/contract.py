@@ -21,6 +21,8 @@ class Objective(nn.Module, ABC):
 
     weights: dict[str, float]
     """Of every loss that `counts` and `forward` name."""
+    tallied: tuple[str, ...] = ()
+    """What `tally` names, where a stage is validated by more than its losses."""
 
     @abstractmethod
     def counts(self, batch: Any) -> dict[str, float]:
@@ -30,6 +32,14 @@ class Objective(nn.Module, ABC):
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """Sum of each loss over its targets: fp32 scalars. Without targets it is 0, still joined to the parameters
         (`logits.sum() * 0`)."""
+
+    def tally(self, batch: Any) -> dict[str, float]:
+        """Numbers of a validation batch, on the device, that are added up for `scores`: those of `tallied`."""
+        return {}
+
+    def scores(self, totals: dict[str, float]) -> dict[str, float]:
+        """What validation reports besides the losses, from the sums of `tally` over all of its batches."""
+        return {}
 
     def to_device(self, batch: Any, device: torch.device) -> Any:
         """The micro-batch on the device: a tensor, or a dataclass of tensors and of such dataclasses."""

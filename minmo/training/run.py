@@ -25,6 +25,7 @@ from minmo.training.checkpoints import load_trained
 from minmo.training.contract import Objective
 from minmo.training.loader import Batches, Sampler
 from minmo.training.loop import Result, fit, processes
+from minmo.training.objectives.duplex import DuplexObjective
 from minmo.training.objectives.recognition import EncoderObjective, Symbols
 from minmo.training.objectives.sound import FlowObjective, VocoderObjective
 from minmo.training.objectives.text import TextObjective
@@ -36,7 +37,7 @@ from minmo.training.stages import STAGES
 HEADS = "heads.pt"
 KINDS = {
     "encoder": "speech", "speech-tokenizer": "tokens", "flow": "flow", "vocoder": "sound", "voice-lm": "voice",
-    "t2s-projector": "voice", "t2s": "voice", "s2s": "voice",
+    "t2s-projector": "voice", "t2s": "voice", "s2s": "voice", "duplex": "duplex",
 }  # fmt: skip
 """The kind of batch of each stage (a method of `Builder`); all others take text."""
 
@@ -51,8 +52,6 @@ def run(
 
     Raises what `minmo.load`, `read_manifest` and `fit` raise, each with its fix.
     """
-    if recipe.stage == "duplex":
-        raise ValueError("the duplex stage has its recipe and its data (minmo/data/duplex.py), but no objective yet")
     model = weights.load(start, device="cpu").train()
     if model.tokenizer is None:
         raise ValueError(f"{start} has no tokenizer.json; every stage needs its layout of a turn")
@@ -114,6 +113,7 @@ def make_objective(recipe: Recipe, model: MinMo, symbols: Symbols | None, start:
         "flow": lambda: FlowObjective(model),
         "vocoder": lambda: VocoderObjective(model),
         "s2s": lambda: VoiceObjective(model, query=True),
+        "duplex": lambda: DuplexObjective(model),
         **dict.fromkeys(("voice-lm", "t2s-projector", "t2s"), lambda: VoiceObjective(model, query=False)),
     }
     if symbols is None:
@@ -161,14 +161,19 @@ def _heads(start: Path) -> dict[str, torch.Tensor]:
 def _validate(
     objective: Objective, batches: Batches, add_up: Callable[[Sequence[float]], list[float]], device: torch.device
 ) -> dict[str, float]:
-    """Mean of each loss over a whole manifest, without augmentation, and as the score their weighted sum."""
-    names = sorted(objective.weights)
-    sums, counts = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+    """Mean of each loss over a whole manifest, without augmentation, their weighted sum as the score, and what else the
+    objective reports."""
+    names, tallied = sorted(objective.weights), objective.tallied
+    sums, counts, tallies = (dict.fromkeys(keys, 0.0) for keys in (names, names, tallied))
     for batch, _ in batches:
         for name, count in objective.counts(batch).items():
             counts[name] += count
-        for name, value in objective(objective.to_device(batch, device)).items():
+        batch = objective.to_device(batch, device)
+        for name, value in objective(batch).items():
             sums[name] += float(value)
-    totals = add_up([*(sums[n] for n in names), *(counts[n] for n in names)])
-    means = {n: totals[i] / totals[i + len(names)] for i, n in enumerate(names) if totals[i + len(names)]}
-    return {**means, "score": sum(objective.weights[n] * value for n, value in means.items())}
+        for name, number in objective.tally(batch).items():
+            tallies[name] += number
+    added = add_up([*sums.values(), *counts.values(), *tallies.values()])
+    means = {n: added[i] / added[i + len(names)] for i, n in enumerate(names) if added[i + len(names)]}
+    others = objective.scores(dict(zip(tallied, added[2 * len(names) :], strict=True)))
+    return {**means, **others, "score": sum(objective.weights[n] * value for n, value in means.items())}

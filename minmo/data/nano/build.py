@@ -3,6 +3,7 @@
     OUT/sound/VOICE/ID.flac           what users say (16 kHz) and what the assistant says (24 kHz)
     OUT/{train,valid}-TASK.jsonl.gz   lhotse cuts, a manifest a task
     OUT/test-{seen,unseen}-TASK-LANGUAGE.jsonl.gz, OUT/test-people-*.jsonl.gz   held-out sentences and people
+    OUT/{train,valid,test}-duplex.jsonl.gz, OUT/sound/duplex/   simulated dialogues (`minmo.data.nano.dialogues`)
     OUT/corpus.json                   seeds, counts, voices with their licences
 
 Sound that is already there is kept, so a build that was stopped goes on; the same seed draws the same corpus.
@@ -43,6 +44,8 @@ TESTS = 30
 """Held-out sentences of each voice."""
 SLOW = {"rhvoice": 0.6, "festival": 0.4}
 """How often an engine is drawn, where its voices take longer to speak."""
+BACKCHANNELS = ("yes", "okay", "uh huh")
+"""What users say while the assistant speaks, without taking over: each English voice says all."""
 VALID = 40
 """One sentence in so many that are not held out validates."""
 
@@ -65,10 +68,12 @@ class Utterance:
 
 @dataclass
 class Corpus:
-    """Everything that is to be said: users' sentences by set ("train", "valid", "test-seen", "test-unseen")."""
+    """Everything that is to be said: users' sentences by set ("train", "valid", "test-seen", "test-unseen"), the
+    assistant's answers by text, and users' back-channels."""
 
     users: dict[str, list[tuple[Sentence, Utterance]]] = field(default_factory=dict)
     answers: dict[str, Utterance] = field(default_factory=dict)
+    backchannels: list[Utterance] = field(default_factory=list)
 
 
 def plan(scale: float = 1.0, seed: int = 0) -> Corpus:
@@ -98,6 +103,8 @@ def plan(scale: float = 1.0, seed: int = 0) -> Corpus:
     for text in [*SMALL_TALK.values(), *replies]:
         if len(corpus.answers) < max(len(SMALL_TALK), round(ANSWERS * scale)) and text.isascii():
             corpus.answers.setdefault(text, Utterance(text, ASSISTANT, ASSISTANT_RATE))
+    speakers = [v for v in VOICES if v.language == "en"]
+    corpus.backchannels = [Utterance(text, voice, SAMPLE_RATE) for voice in speakers for text in BACKCHANNELS]
     return corpus
 
 
@@ -106,18 +113,22 @@ def build(out: Path, scale: float = 1.0, seed: int = 0, jobs: int = 2) -> dict[s
 
     Raises SynthesisError, with the command to type, where packages are missing.
     """
+    from minmo.data.nano.dialogues import build_dialogues  # of the extra `train`
+
     if missing := sorted({*missing_packages(VOICES), *human.missing_packages()}):
         raise SynthesisError(
             "the nano corpus needs Debian packages, some of them from contrib and non-free: apt-get install "
             + " ".join(missing)
         )
     corpus = plan(scale, seed)
-    spoken = {u.id: u for part in corpus.users.values() for _, u in part} | {u.id: u for u in corpus.answers.values()}
+    users = [utterance for part in corpus.users.values() for _, utterance in part]
+    spoken = {u.id: u for u in [*users, *corpus.answers.values(), *corpus.backchannels]}
     _in_parallel(lambda u: _speak(u, out), list(spoken.values()), jobs, "speaking")
     people = human.prompts()
     _in_parallel(lambda p: _record(p, out), people, jobs, "people")
     manifests = _manifests(corpus, people, out)
     counts = {name: _write(cuts, out / f"{name}.jsonl.gz") for name, cuts in manifests.items()}
+    counts |= build_dialogues(out, scale, seed)
     summary = {
         "seed": seed,
         "scale": scale,
@@ -196,6 +207,10 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
         cut = _cut(recording, f"{recording.id}-tts", task="tts", text=text, language="en", target_recording=recording)
         cut.recording = None  # nobody asks
         add(f"{part}-tts", cut)
+    for u in corpus.backchannels:
+        part = "test" if u.voice.test else "train"
+        cut = _cut(_recording(u.id, _path(u, out)), u.id, task="asr", text=u.text, language="en", voice=u.voice.id)
+        add(f"{part}-backchannels", cut)
     for prompt in people:
         name = f"asterisk-{prompt.language}-{prompt.name.replace('/', '-')}"
         recording = _recording(name, _person(prompt, out))

@@ -1,0 +1,123 @@
+"""Two cross entropies of the full-duplex predictor: answer now, and stop speaking (arXiv 2501.06282, section 3.4).
+
+The LLM reads what a session has read when the position is decided (`minmo.data.duplex.listening_context`): the exchanges
+before the open turn, the user's sound in them, then the open turn. The predictor begins anew with each open turn and
+sees its positions alone. Both decisions weigh the same and so do their two classes: about one supervised position in five
+is positive, which needs no balance, and a threshold of 0.5 keeps its meaning.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minmo.data.duplex import Score, f1_at_k
+from minmo.model import MinMo
+from minmo.modules.duplex import BARGE_IN, TURN_TAKING
+from minmo.state import Lengths, take
+from minmo.training.contract import Objective
+
+THRESHOLD = 0.5
+"""Probability from which on a position decides, in validation."""
+SCORED = (1, 5)
+"""The K of F1@K: LLM positions between decision and event that still are a hit."""
+
+
+@dataclass(frozen=True)
+class DuplexBatch:
+    """Open user turns ("samples") of a few dialogues.
+
+    mel (dialogues, frames, n_mels) with lengths: the user's channel from the dialogue's beginning. ids, positions
+    (samples, n) int64 with lengths: the listening contexts, whose last `open_lengths` entries are the open turns; where
+    positions is not negative, that LLM position of sound stands. dialogue (samples,) int64: whose sound. turn_taking,
+    barge_in (samples, m) int64: labels 0 and 1 of the open turns, -100 where there is none.
+    """
+
+    mel: Tensor
+    mel_lengths: Lengths
+    ids: Tensor
+    positions: Tensor
+    lengths: Lengths
+    dialogue: Tensor
+    open_lengths: Lengths
+    turn_taking: Tensor
+    barge_in: Tensor
+
+    def labels(self) -> dict[str, tuple[int, Tensor]]:
+        """By decision: its place in the logits, and its labels."""
+        return {"turn_taking": (TURN_TAKING, self.turn_taking), "barge_in": (BARGE_IN, self.barge_in)}
+
+
+class DuplexObjective(Objective):
+    """Cross entropies of the two decisions; validation also scores them as F1@K."""
+
+    weights = {"turn_taking": 1.0, "barge_in": 1.0}
+    tallied = tuple(
+        f"{name}/{k}/{part}" for name in weights for k in SCORED for part in ("hits", "decisions", "events")
+    )
+
+    def __init__(self, model: MinMo) -> None:
+        super().__init__()
+        self.model = model
+
+    def counts(self, batch: DuplexBatch) -> dict[str, float]:
+        return {name: float((labels >= 0).sum()) for name, (_, labels) in batch.labels().items()}
+
+    def forward(self, batch: DuplexBatch) -> dict[str, Tensor]:
+        logits = self.logits(batch)
+        return {
+            name: F.cross_entropy(logits[:, :, place].flatten(0, 1).float(), labels.flatten(), reduction="sum")
+            for name, (place, labels) in batch.labels().items()
+        }
+
+    def logits(self, batch: DuplexBatch) -> Tensor:
+        """(samples, m, 2 decisions, 2), zeros beyond the open turns' lengths."""
+        return self.model.duplex(self.hidden(batch), batch.open_lengths)
+
+    @torch.no_grad()
+    def hidden(self, batch: DuplexBatch) -> Tensor:
+        """The LLM's hidden states of the open turns, (samples, m, dim); what gives them is frozen.
+
+        A dialogue's sound runs through encoder and projector once, in its running stream, and every sample takes the
+        same projector outputs: as a session keeps them when it reads a turn again, so the encoder's left context is
+        what preceded in the user's channel, whatever the LLM's context says.
+        """
+        model = self.model
+        heard, _ = model.projector(*model.encoder(batch.mel, batch.mel_lengths))
+        sound = heard[batch.dialogue[:, None], batch.positions.clamp(min=0)]
+        x = torch.where((batch.positions >= 0)[..., None], sound, model.llm.embed(batch.ids.clamp(min=0)))
+        size = batch.turn_taking.shape[1]
+        hidden = F.pad(model.llm(x, batch.lengths), (0, 0, 0, size))
+        return take(hidden, batch.lengths - batch.open_lengths, size)
+
+    def tally(self, batch: DuplexBatch) -> dict[str, float]:
+        """Hits, decisions and events of F1@K: an open turn's decision is its first supervised position past THRESHOLD,
+        its event the first positive one."""
+        logits = self.logits(batch).float()
+        found: dict[str, float] = {}
+        for name, (place, labels) in batch.labels().items():
+            yes = torch.softmax(logits[:, :, place], dim=-1)[..., 1] > THRESHOLD
+            decisions, events = _first(yes & (labels >= 0)), _first(labels == 1)
+            for k in SCORED:
+                score = f1_at_k(decisions, events, k)
+                for part in ("hits", "decisions", "events"):
+                    found[f"{name}/{k}/{part}"] = float(getattr(score, part))
+        return found
+
+    def scores(self, totals: dict[str, float]) -> dict[str, float]:
+        """turn_taking/f1@1, turn_taking/f1@5, barge_in/f1@1, barge_in/f1@5; none where nothing was due or decided."""
+        found = {}
+        for name in self.weights:
+            for k in SCORED:
+                score = Score(*(int(totals[f"{name}/{k}/{part}"]) for part in ("hits", "decisions", "events")))
+                if score.decisions + score.events:
+                    found[f"{name}/f1@{k}"] = score.f1
+        return found
+
+
+def _first(marks: Tensor) -> list[list[int]]:
+    """The first marked position of each row of marks (rows, m) bool, as a list of one or none."""
+    return [torch.nonzero(row)[:1, 0].tolist() for row in marks]
