@@ -141,9 +141,7 @@ class Builder:
         turn_taking, opened = padded([torch.from_numpy(s.turn_taking) for _, s in turns], UNSUPERVISED)
         barge_in, _ = padded([torch.from_numpy(s.barge_in) for _, s in turns], UNSUPERVISED)
         dialogue = torch.tensor([n for n, _ in turns])
-        return DuplexBatch(
-            *self._mel(cuts), ids, positions, lengths, dialogue, opened, turn_taking, barge_in
-        )
+        return DuplexBatch(*self._mel(cuts), ids, positions, lengths, dialogue, opened, turn_taking, barge_in)
 
     def _chunk(self, cuts: Sequence[Any]) -> int | None:
         return int(self.generator(f"{cuts[0].id} chunk").choice(self.chunks)) if self.chunks else None

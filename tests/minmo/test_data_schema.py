@@ -124,6 +124,8 @@ def test_each_required_field_is_missed(task, folder):
         (line("duplex", events=[{"kind": "user"}]), "events must be a list of objects", "wrong events"),
         (line("duplex", events=[event(0.5, 2)]), r"events\[0\] needs whole samples", "wrong events"),
         (line("duplex", events=[{**event(0, 9), "text": None}]), "text must be text", "wrong events[0].text"),
+        (line("duplex", ambiguous=[True, False]), "ambiguous is .* for each of the 1 turns", "wrong ambiguous"),
+        (line("duplex", ambiguous=["no"]), "write true or false for each", "wrong ambiguous"),
         (line("duplex", events=[event(5, 80_001)]), "within the 80000 samples", "wrong events"),
     ],
 )  # fmt: skip

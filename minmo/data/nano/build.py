@@ -208,9 +208,9 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
         cut.recording = None  # nobody asks
         add(f"{part}-tts", cut)
     for u in corpus.backchannels:
-        part = "test" if u.voice.test else "train"
-        cut = _cut(_recording(u.id, _path(u, out)), u.id, task="asr", text=u.text, language="en", voice=u.voice.id)
-        add(f"{part}-backchannels", cut)
+        custom = {"task": "asr", "text": u.text, "language": "en", "voice": u.voice.id}
+        name = "test-backchannels" if u.voice.test else "train-backchannels"
+        add(name, _cut(_recording(u.id, _path(u, out)), u.id, **custom))
     for prompt in people:
         name = f"asterisk-{prompt.language}-{prompt.name.replace('/', '-')}"
         recording = _recording(name, _person(prompt, out))

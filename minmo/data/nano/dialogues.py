@@ -3,9 +3,9 @@
     OUT/{train,valid,test}-duplex.jsonl.gz   lhotse cuts of the task duplex
     OUT/sound/duplex/NAME.flac, NAME-assistant.flac   the two channels, 16 kHz
 
-Test dialogues hold held-out sentences and, among others, voices that training never hears. Synthetic voices come without
-word times, so a pause lies where a voice is weakest; whether one may come where a sentence could already be complete
-("twenty … seven") is known from the words, and told turn by turn in the field `ambiguous`.
+Test dialogues hold held-out sentences and, among others, voices that training never hears. Synthetic voices come
+without word times, so a pause lies where a voice is weakest; whether one may come where a sentence could already be
+complete ("twenty … seven") is known from the words, and told turn by turn in the field `ambiguous`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Two cross entropies of the full-duplex predictor: answer now, and stop speaking (arXiv 2501.06282, section 3.4).
 
-The LLM reads what a session has read when the position is decided (`minmo.data.duplex.listening_context`): the exchanges
-before the open turn, the user's sound in them, then the open turn. The predictor begins anew with each open turn and
-sees its positions alone. Both decisions weigh the same and so do their two classes: about one supervised position in five
-is positive, which needs no balance, and a threshold of 0.5 keeps its meaning.
+The LLM reads what a session has read when the position is decided (`minmo.data.duplex.listening_context`): the
+exchanges before the open turn, the user's sound in them, then the open turn. The predictor begins anew with each open
+turn and sees its positions alone.
 """
 
 from __future__ import annotations
@@ -52,7 +51,11 @@ class DuplexBatch:
 
 
 class DuplexObjective(Objective):
-    """Cross entropies of the two decisions; validation also scores them as F1@K."""
+    """Cross entropies of the two decisions; validation also scores them as F1@K.
+
+    The classes are not weighted, so a threshold of 0.5 keeps its meaning: of nano's supervised positions, 16 % are
+    positive for turn taking and 33 % for barge-in.
+    """
 
     weights = {"turn_taking": 1.0, "barge_in": 1.0}
     tallied = tuple(
