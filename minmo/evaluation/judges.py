@@ -43,7 +43,10 @@ def needed(module: str) -> Any:
 
 
 class Moonshine:
-    """judge(sound) -> text with capitals, signs and digits as it likes them; sound (n,) float32, 16 kHz."""
+    """judge(sound) -> text with capitals, signs and digits as it likes them; sound (n,) float32, 16 kHz.
+
+    Of silence it makes a word or two.
+    """
 
     name = "moonshine tiny-en"
     vocabulary: frozenset[str] | None = None

@@ -58,8 +58,8 @@ def evaluate_nano(
 ) -> Results:
     """All scores of a checkpoint directory or preset on a corpus directory that `minmo data nano` wrote.
 
-    limit: lines of each set, for a quick run. out: a JSON file; OUT.part holds what there is until all is done. seed: of
-    speech, of the lines that a limit chooses and of the intervals. progress: called with each task's name. Raises
+    limit: lines of each set, for a quick run. out: a JSON file; OUT.part holds what there is until all is done. seed:
+    of speech, of the lines that a limit chooses and of the intervals. progress: called with each task's name. Raises
     JudgeError where a judge is not installed, DataError for material that cannot be used, ValueError for a file that
     cannot be written, FloatingPointError for weights whose numbers break.
     """
