@@ -38,7 +38,7 @@ PIP = .venv/bin/python -m pip install --quiet --no-compile -c constraints.txt
 
 .venv/dev.installed: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e ".[dev]"
-	$(PIP) --no-deps s3tokenizer # why: pyproject.toml, dev
+	$(PIP) --no-deps s3tokenizer moonshine-voice==0.0.59 # why: pyproject.toml, dev and eval
 	touch .venv/core.installed $@
 
 .venv/bench.installed: .venv/dev.installed

@@ -1,0 +1,1 @@
+"""How good a trained model is: held-out material, and recognisers that nobody here wrote."""

@@ -1,0 +1,231 @@
+"""The scores of a nano: what it hears, answers, translates and says on held-out material (`minmo evaluate nano`).
+
+What it hears is scored on its own transcripts; what it says by recognisers that nobody here wrote, beside their score
+on the original voice's recordings of the same sentences (the floor).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import minmo
+from minmo.conversation.verbs import Sound
+from minmo.data.nano.sentences import answer, facts
+from minmo.data.numbers import LANGUAGES
+from minmo.data.schema import DataError
+from minmo.evaluation.judges import GRAMMAR, Judge, Moonshine, PocketSphinx, needed
+from minmo.evaluation.listener import Listener, sound_of
+from minmo.evaluation.material import Line, Material
+from minmo.evaluation.results import Results, Row
+from minmo.evaluation.scores import Score, confusion, right_rate, word_error_rate
+from minmo.evaluation.words import spoken
+from minmo.model import MinMo
+
+PARTS = {"test-seen": "seen voices", "test-unseen": "unseen voices"}
+FLOOR = "original recording (floor)"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an evaluation goes on with; judges: the first of them judges spoken answers."""
+
+    material: Material
+    listener: Listener
+    judges: list[Judge]
+    results: Results
+    seed: int
+
+    def add(self, task: str, material: str, measure: str, score: Score) -> None:
+        self.results.rows.append(Row(task, material, measure, score))
+
+    def right(self, lines: Sequence[Line], right: Sequence[bool], given: Sequence[bool] | None = None) -> Score:
+        return right_rate(right, given, [line.utterance for line in lines], self.seed)
+
+
+def evaluate_nano(
+    checkpoint: str | Path = "nano",
+    data: str | Path = "nano-corpus",
+    limit: int | None = None,
+    out: str | Path | None = None,
+    *,
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda task: None,
+) -> Results:
+    """All scores of a checkpoint directory or preset on a corpus directory that `minmo data nano` wrote.
+
+    limit: lines of each set, for a quick run. out: a JSON file; OUT.part holds what there is until all is done. seed:
+    of speech, of the lines that a limit chooses and of the intervals. progress: called with each task's name. Raises
+    JudgeError where a judge is not installed, DataError for material that cannot be used, ValueError for a file that
+    cannot be written, FloatingPointError for weights whose numbers break.
+    """
+    if not 0 <= seed < 2**31:
+        raise ValueError(f"seed must lie between 0 and {2**31 - 1}, got {seed}")
+    needed("jiwer")
+    judges: list[Judge] = [Moonshine(), PocketSphinx(), PocketSphinx(grammar=True)]
+    material = Material(Path(data), limit, seed)
+    model = minmo.load(checkpoint)
+    # One list: what the tasks look for in vain is in the results as soon as it is noted.
+    results = Results(_about(model, material, judges), left_out=material.left_out)
+    run = Run(material, Listener(model, seed), judges, results, seed)
+    unfinished = None if out is None else Path(f"{out}.part")
+    for name, task in TASKS.items():
+        if unfinished is not None:
+            results.write(unfinished)
+        progress(name)
+        task(run)
+    if unfinished is not None:
+        results.write(unfinished)
+        unfinished.replace(str(out))
+    return results
+
+
+def _hearing(run: Run) -> None:
+    sets: dict[tuple[str, str], list[Line]] = {}
+    for part, name in PARTS.items():
+        for language, lines in run.material.by_language(f"{part}-asr").items():
+            sets[name, language] = lines
+    for language in LANGUAGES:
+        chosen = " (development)" if language == "en" else ""
+        sets[f"people, single words{chosen}", language] = run.material.single_words(language)
+    sets["people, joined words (development)", "en"] = run.material.joined_words()
+    for name, lines in run.material.unseen_people().items():
+        sets[name, lines[0].language] = lines
+    run.listener.transcripts([line for lines in sets.values() for line in lines])  # in full batches
+    for (name, language), lines in sets.items():
+        texts, title = [line.said for line in lines], f"{name}, {language}"
+        run.add("hearing", title, "WER", _wer(texts, run.listener.transcripts(lines), run.seed))
+        if name.startswith("people") and language == "en":
+            _judge(run, "hearing", title, texts, [line.sound() for line in lines])
+
+
+def _answering(run: Run) -> None:
+    arithmetic = {answer(problem, result) for problem, result in facts()}
+    for part, name in PARTS.items():
+        lines = run.material.lines(f"{part}-qa-en")
+        heard = _same([x.said for x in lines], run.listener.transcripts(lines))
+        right = _same([x.text for x in lines], [reply.text for reply in run.listener.answers(lines)])
+        problem = [x.text in arithmetic for x in lines]
+        both = [h and p for h, p in zip(heard, problem, strict=True)]
+        for measure, counted, given in (
+            ("arithmetic heard right", heard, problem),
+            ("arithmetic right, of those heard right", right, both),
+            ("arithmetic right", right, problem),
+            ("other answers right", right, [not p for p in problem]),
+        ):
+            run.add("answering", f"{name}, en", measure, run.right(lines, counted, given))
+
+
+def _languages(run: Run) -> None:
+    sets = {
+        name: [line for lines in run.material.by_language(f"{part}-lid").values() for line in lines]
+        for part, name in PARTS.items()
+    }
+    sets["people"] = run.material.lines("test-people-lid")
+    labels = {label.lower(): label for label in LANGUAGES.values()}
+    for name, lines in sets.items():
+        truth = [line.text for line in lines]
+        said = [reply.text.strip(" .").lower() for reply in run.listener.answers(lines)]
+        answered = [labels.get(text, text) for text in said]
+        right = [a == b for a, b in zip(truth, answered, strict=True)]
+        run.add("languages", name, "language right", run.right(lines, right))
+        for true, taken in (("English", "Spanish"), ("Spanish", "English")):
+            score = run.right(lines, [a == taken for a in answered], [t == true for t in truth])
+            run.add("languages", name, f"{true} taken for {taken}", score)
+        run.results.confusions[name] = confusion(truth, answered, list(LANGUAGES.values()))
+
+
+def _translating(run: Run) -> None:
+    for part, name in PARTS.items():
+        for language, lines in run.material.by_language(f"{part}-s2tt").items():
+            heard = _same([x.said for x in lines], run.listener.transcripts(lines))
+            right = _same([x.text for x in lines], [reply.text for reply in run.listener.answers(lines)])
+            title = f"{name}, from {language}"
+            run.add("translating", title, "numbers exact, of those heard right", run.right(lines, right, heard))
+
+
+def _speaking(run: Run) -> None:
+    lines = run.material.lines("valid-tts", _english_numbers)
+    texts = [line.text for line in lines]
+    _judge(run, "speaking", "held-out sentences", texts, run.listener.says(texts))
+    _judge(run, "speaking", f"held-out sentences, {FLOOR}", texts, [_recording(line) for line in lines])
+
+
+def _speech_to_speech(run: Run) -> None:
+    judge = run.judges[0]
+    for part, name in PARTS.items():
+        lines = run.material.lines(f"{part}-s2s", _english_numbers)
+        answered = [judge(sound_of(reply)) for reply in run.listener.answers(lines, speak=True)]
+        floor = [judge(_recording(line)) for line in lines]
+        for title, heard in ((f"{name}, en", answered), (f"{name}, en, {FLOOR}", floor)):
+            score = run.right(lines, _same([line.text for line in lines], heard, forgive=True))
+            run.results.rows.append(Row("speech to speech", title, "right answer understood", score, judge.name))
+
+
+TASKS: dict[str, Callable[[Run], None]] = {
+    "hearing": _hearing,
+    "answering": _answering,
+    "languages": _languages,
+    "translating": _translating,
+    "speaking": _speaking,
+    "speech to speech": _speech_to_speech,
+}
+
+
+def _judge(run: Run, task: str, title: str, texts: Sequence[str], sounds: Sequence[Sound]) -> None:
+    """WER of each judge that knows the words, strictly and, where it can write them at all, homophones forgiven."""
+    words = {word for text in texts for word in text.split()}
+    for judge in run.judges:
+        if judge.vocabulary is not None and not words <= judge.vocabulary:
+            continue
+        heard = [judge(sound) for sound in sounds]
+        for measure, forgive in (("WER", False), ("WER, homophones forgiven", True)):
+            if judge.vocabulary is None or not forgive:
+                score = _wer(texts, heard, run.seed, forgive)
+                run.results.rows.append(Row(task, title, measure, score, judge.name))
+
+
+def _english_numbers(line: Line) -> bool:
+    """Whether an English judge can be asked: answers also hold words of other languages."""
+    return set(line.text.split()) <= set(GRAMMAR)
+
+
+def _wer(texts: Sequence[str], heard: Sequence[str], seed: int, forgive: bool = False) -> Score:
+    return word_error_rate(_words(texts, forgive), _words(heard, forgive), seed)
+
+
+def _words(texts: Sequence[str], forgive: bool = False) -> list[list[str]]:
+    return [spoken(text, forgive) for text in texts]
+
+
+def _same(texts: Sequence[str], heard: Sequence[str], forgive: bool = False) -> list[bool]:
+    return [a == b for a, b in zip(_words(texts, forgive), _words(heard, forgive), strict=True)]
+
+
+def _recording(line: Line) -> Sound:
+    if line.spoken is None:
+        raise DataError(f"{line.id} has no target_recording, the floor of what is said: add it", "missing recording")
+    return line.spoken()
+
+
+def _about(model: MinMo, material: Material, judges: list[Judge]) -> dict[str, Any]:
+    """What the scores were made with."""
+    corpus = material.data / "corpus.json"
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return {
+        "model": model.config.name,
+        "weights": model.provenance,
+        "sha256_of_tensors": digest.hexdigest(),
+        "trained": model.trained,
+        "minmo": minmo.__version__,
+        "judges": [judge.name for judge in judges],
+        "corpus_seed": json.loads(corpus.read_text(encoding="utf-8"))["seed"] if corpus.is_file() else None,
+        "limit": material.limit,
+        "seed": material.seed,
+    }

@@ -1,0 +1,71 @@
+"""What an evaluation found: rows with their intervals and what they were made with, as JSON and as tables."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from minmo.evaluation.scores import Score
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score. material: what was heard or said; measure: what is counted; by: who heard it."""
+
+    task: str
+    material: str
+    measure: str
+    score: Score
+    by: str = "the model"
+
+
+@dataclass
+class Results:
+    """about: weights, judges, seeds. confusions: material -> true label -> answer -> count. left_out: what was looked
+    for and is not there, in words."""
+
+    about: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    confusions: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """Writes JSON; raises ValueError where that cannot be."""
+        try:
+            path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be written ({error.strerror}); name a file in a folder that exists"
+            ) from None
+
+
+def tables(results: Results) -> list[Table]:
+    """The scores, and for each material which label was taken for which, to print with rich."""
+    about = results.about
+    weights = about["weights"] if about["trained"] else f"UNTRAINED: {about['weights']}; the scores mean nothing"
+    scores = Table(
+        "task", "material", "measure", "heard by", "score", "95 %", "n", "of",
+        title=escape(f"{about['model']}: {weights}"),
+    )  # fmt: skip
+    for row in results.rows:
+        s = row.score
+        value, interval = ("-", "-") if s.value is None else (f"{s.value:.3f}", f"{s.low:.3f} .. {s.high:.3f}")
+        scores.add_row(row.task, row.material, row.measure, row.by, value, interval, str(s.n), str(s.of))
+    scores.caption = escape(
+        "n: utterances; of: words or answers; 95 %: bootstrap over utterances; limit "
+        f"{about['limit'] or 'none'}, seed {about['seed']}"
+        + "".join(f"\nleft out: {what}" for what in results.left_out)
+    )
+    found = [scores]
+    for name, counts in results.confusions.items():
+        answers = next(iter(counts.values()))
+        table = Table("spoken", *answers, title=f"languages, {name}: answered")
+        for true, answered in counts.items():
+            table.add_row(true, *map(str, answered.values()))
+        found.append(table)
+    return found
