@@ -244,9 +244,10 @@ def test_a_run_changes_the_predictor_alone(model, tmp_path):
     CutSet.from_cuts(cuts).to_file(tmp_path / "dialogues.jsonl.gz")
     recipe = load_recipe("nano/duplex")
     data = dataclasses.replace(
-        recipe.data, max_seconds=9.0, buckets=2, train=("dialogues.jsonl.gz",), valid=("dialogues.jsonl.gz",)
+        recipe.data, max_seconds=9.0, buckets=2, train=["dialogues.jsonl.gz"], valid=["dialogues.jsonl.gz"]
     )
-    recipe = dataclasses.replace(recipe, data=data, loop={"steps": 2, "lr": 1e-3})
+    loop = dataclasses.replace(recipe.loop, steps=2, warmup=1, validate_every=2, save_every=2)
+    recipe = dataclasses.replace(recipe, data=data, loop=loop)
     run(recipe, tmp_path / "start", tmp_path, tmp_path / "out")
     before = minmo.load(tmp_path / "start", device="cpu").state_dict()
     after = minmo.load(tmp_path / "out" / "model", device="cpu").state_dict()
