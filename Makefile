@@ -1,6 +1,6 @@
 # Each target does everything that it needs from a clean clone with python3 and make; the second run is quick.
 PYTHON ?= python3
-.PHONY: demo test lint bench gpu
+.PHONY: demo test lint bench nano gpu
 
 demo: .venv/core.installed
 	.venv/bin/minmo talk minmo/assets/question.wav -o reply.wav
@@ -21,6 +21,13 @@ bench: .venv/bench.installed
 	mkdir -p benchmarks/results
 	.venv/bin/python -m pytest benchmarks/ --benchmark-only --benchmark-json benchmarks/results/last.json
 	.venv/bin/python benchmarks/report.py benchmarks/results/last.json
+
+# The nano model from nothing: its corpus, every stage, its scores; hours. Started again, it goes on where it was.
+NANO ?= nano
+nano: .venv/dev.installed
+	.venv/bin/minmo data nano $(NANO)/corpus
+	OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 -m minmo.training all --preset nano --data $(NANO)/corpus -o $(NANO)
+	.venv/bin/minmo evaluate all --preset $$(ls -d $(NANO)/*/model | tail -1) --data $(NANO)/corpus -o $(NANO)/scores.json
 
 # On a machine with a GPU, with its own Python and packages: make gpu STAGE=test|tune|bench|steps|sanitize RESULTS=folder
 gpu:

@@ -1,4 +1,4 @@
-"""The `minmo` command: talk, transcribe, translate, ask, say, info, profile, doctor, train, tokenize, data."""
+"""The `minmo` command: talk, transcribe, translate, ask, say, info, profile, doctor, train, tokenize, data, evaluate."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from minmo.config import load_config
 from minmo.conversation import verbs
 from minmo.conversation.session import Piece
 from minmo.conversation.timings import RESAMPLER
+from minmo.evaluation.command import evaluate
 from minmo.fast import profile as measuring
 from minmo.fast.engine import MAX_VOICE_POSITIONS, MOST_ROWS
 from minmo.fast.linear import WEIGHTS
@@ -38,6 +39,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="MinMo: talk with a voice model."
 )
 add_training(app)
+app.command()(evaluate)
 out, err = Console(), Console(stderr=True)
 
 Sound = Annotated[str, typer.Argument(help="A sound file: 1 to 768 kHz, any number of channels.")]

@@ -1,4 +1,4 @@
-"""The scores of a nano: what it hears, answers, translates and says on held-out material (`minmo evaluate nano`).
+"""The scores of a nano: what it hears, answers, translates and says, and when, on held-out material (`minmo evaluate`).
 
 What it hears is scored on its own transcripts; what it says by recognisers that nobody here wrote, beside their score
 on the original voice's recordings of the same sentences (the floor).
@@ -23,6 +23,7 @@ from minmo.evaluation.listener import Listener, sound_of
 from minmo.evaluation.material import Line, Material
 from minmo.evaluation.results import Results, Row
 from minmo.evaluation.scores import Score, confusion, right_rate, word_error_rate
+from minmo.evaluation.turns import take_turns
 from minmo.evaluation.words import spoken
 from minmo.model import MinMo
 
@@ -53,18 +54,21 @@ def evaluate_nano(
     limit: int | None = None,
     out: str | Path | None = None,
     *,
+    tasks: Sequence[str] = (),
     seed: int = 0,
     progress: Callable[[str], None] = lambda task: None,
 ) -> Results:
-    """All scores of a checkpoint directory or preset on a corpus directory that `minmo data nano` wrote.
+    """Scores of a checkpoint directory or preset on a corpus directory that `minmo data nano` wrote.
 
-    limit: lines of each set, for a quick run. out: a JSON file; OUT.part holds what there is until all is done. seed:
-    of speech, of the lines that a limit chooses and of the intervals. progress: called with each task's name. Raises
-    JudgeError where a judge is not installed, DataError for material that cannot be used, ValueError for a file that
-    cannot be written, FloatingPointError for weights whose numbers break.
+    limit: lines of each set, for a quick run. tasks: of TASKS, all by default. out: a JSON file; OUT.part holds what
+    there is until all is done. seed: of speech, of the lines that a limit chooses and of the intervals. progress: is
+    told each task's name. Raises JudgeError where a judge is not installed, DataError for material that cannot be used,
+    ValueError for an unknown task or a file that cannot be written, FloatingPointError for weights whose numbers break.
     """
     if not 0 <= seed < 2**31:
         raise ValueError(f"seed must lie between 0 and {2**31 - 1}, got {seed}")
+    if unknown := set(tasks) - set(TASKS):
+        raise ValueError(f"there is no task {', '.join(sorted(unknown))}; use {', '.join(TASKS)}")
     needed("jiwer")
     judges: list[Judge] = [Moonshine(), PocketSphinx(), PocketSphinx(grammar=True)]
     material = Material(Path(data), limit, seed)
@@ -73,11 +77,11 @@ def evaluate_nano(
     results = Results(_about(model, material, judges), left_out=material.left_out)
     run = Run(material, Listener(model, seed), judges, results, seed)
     unfinished = None if out is None else Path(f"{out}.part")
-    for name, task in TASKS.items():
+    for name in tasks or TASKS:
         if unfinished is not None:
             results.write(unfinished)
         progress(name)
-        task(run)
+        TASKS[name](run)
     if unfinished is not None:
         results.write(unfinished)
         unfinished.replace(str(out))
@@ -166,6 +170,12 @@ def _speech_to_speech(run: Run) -> None:
             run.results.rows.append(Row("speech to speech", title, "right answer understood", score, judge.name))
 
 
+def _turns(run: Run) -> None:
+    taken = take_turns(run.listener.model, run.material)
+    for measure, score in taken.scores(run.seed).items():
+        run.add("turn taking", "simulated dialogues", measure, score)
+
+
 TASKS: dict[str, Callable[[Run], None]] = {
     "hearing": _hearing,
     "answering": _answering,
@@ -173,6 +183,7 @@ TASKS: dict[str, Callable[[Run], None]] = {
     "translating": _translating,
     "speaking": _speaking,
     "speech to speech": _speech_to_speech,
+    "turn taking": _turns,
 }
 
 

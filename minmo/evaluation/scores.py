@@ -86,6 +86,11 @@ def right_rate(
     return ratio([int(r) * c for r, c in zip(right, counts, strict=True)], counts, utterances, seed)
 
 
+def f1(marks: Sequence[tuple[int, int, int]], utterances: Sequence[Hashable] | None = None, seed: int = 0) -> Score:
+    """Positive F1 of entries (hits, decisions, events): twice the hits by decisions and events together."""
+    return ratio([2 * hits for hits, _, _ in marks], [made + due for _, made, due in marks], utterances, seed)
+
+
 def confusion(truth: Sequence[str], answered: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """counts[true][answered] over `labels`; any other answer counts as "other"."""
     counts = {label: dict.fromkeys([*labels, "other"], 0) for label in labels}

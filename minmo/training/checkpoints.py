@@ -1,8 +1,8 @@
 """Checkpoints of a run: written beside training, whole or absent, and continued from on any number of processes.
 
 `step-000123/` is a PyTorch distributed checkpoint of the trained parameters and their optimizer state, with `run.json`
-(step, settings, names and shapes, spike guard, the best checkpoint so far) and `loader.pt` (position in the data). It is
-written as `step-000123.tmp` and renamed when every byte of every process is on the disk. Random states are not kept:
+(step, settings, names and shapes, spike guard, the best checkpoint so far) and `loader.pt` (position in the data). It
+is written as `step-000123.tmp` and renamed when every byte of every process is on the disk. Random states are not kept:
 the loop draws from (seed, step) alone.
 
 A checkpoint's metadata and loader state are pickles: continue only from folders that you trust.

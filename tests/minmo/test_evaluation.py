@@ -5,14 +5,18 @@ import json
 import sys
 from importlib import resources, util
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile as sf
+import torch
 
 import minmo
 from minmo.conversation.timings import Timings
 from minmo.conversation.verbs import Reply
+from minmo.data import duplex
+from minmo.data.duplex import Event
 from minmo.data.schema import DataError
 from minmo.evaluation import listener, nano
 from minmo.evaluation.judges import JudgeError, Moonshine, PocketSphinx
@@ -20,7 +24,9 @@ from minmo.evaluation.listener import Listener
 from minmo.evaluation.material import Line, Material, joined, trimmed
 from minmo.evaluation.results import tables
 from minmo.evaluation.scores import confusion, ratio, right_rate, word_error_rate, word_errors
+from minmo.evaluation.turns import Turns, _count
 from minmo.evaluation.words import spoken
+from minmo.modules.duplex import BARGE_IN, TURN_TAKING
 
 lhotse = pytest.importorskip("lhotse", reason="manifests need lhotse: pip install 'minmo[eval]'")
 pytest.importorskip("jiwer", reason="word errors need jiwer: pip install 'minmo[eval]'")
@@ -255,7 +261,8 @@ def test_an_evaluation_runs_and_says_that_the_weights_are_random(corpus, tmp_pat
     assert stored["about"]["trained"] is False and "random" in stored["about"]["weights"]
     assert len(stored["about"]["sha256_of_tensors"]) == 64 and stored["about"]["limit"] == 2
     assert "UNTRAINED" in tables(results)[0].title and tables(results)[0].row_count == len(results.rows)
-    assert {row.task for row in results.rows} == set(nano.TASKS)
+    assert {row.task for row in results.rows} == set(nano.TASKS) - {"turn taking"}
+    assert any("test-duplex" in what for what in results.left_out)
     assert score(results, "hearing", "seen voices, en").n == 2
     # The floor is the original recording, which says other words than the answer in this corpus.
     assert score(results, "speaking", f"held-out sentences, {nano.FLOOR}", "moonshine").value == 2
@@ -329,3 +336,41 @@ def test_people_of_other_packages_come_with_their_words(corpus):
     assert digits.said == "two nine three four zero" and len(digits.sound()) == 16_000 * digits.seconds == 38_400
     cards = sets["people, playing cards (words not taught)"]
     assert len(cards) == 5 and "ten of clubs" in [x.said for x in cards]
+
+
+def test_turns_are_counted_by_hand():
+    """A turn of two seconds with a pause, an answer with a back-channel, a barge-in, an answer; positions of 80 ms."""
+    tick = 1280
+    events = [
+        Event("user", 0, 25 * tick, "twenty one"),
+        Event("pause", 10 * tick, 15 * tick, "twenty"),
+        Event("assistant", 30 * tick, 70 * tick, "one"),
+        Event("backchannel", 40 * tick, 42 * tick),
+        Event("barge_in", 60 * tick, 80 * tick, "two"),
+        Event("assistant", 90 * tick, 100 * tick, "two"),
+    ]
+    events = sorted(events, key=lambda e: e.start)
+    kept = duplex.samples("d", events, 100 * tick)
+    custom = {"task": "duplex", "events": [dataclasses.asdict(e) for e in events], "ambiguous": [True, False]}
+    cut = SimpleNamespace(recording=SimpleNamespace(id="d"), custom=custom)
+    turns = Turns()
+    yes = torch.zeros(len(kept), 100, 2, 2, dtype=torch.bool)[..., 0]
+    for n, sample in enumerate(kept):
+        for place, labels in ((TURN_TAKING, sample.turn_taking), (BARGE_IN, sample.barge_in)):
+            if (labels == 1).any():
+                due = int(np.flatnonzero(labels == 1)[0])
+                yes[n, due + (2 if place == TURN_TAKING else 0), place] = True  # 160 ms late, and at once
+    _count(turns, cut, kept, yes)
+    scores = turns.scores(0)
+    assert scores["end of turn, F1@1"].value == 0 and scores["end of turn, F1@5"].value == 1
+    assert scores["end of turn, ambiguous turns, F1@5"].of == 2, "one decision and one event"
+    assert scores["end of turn, unambiguous turns, F1@1"].value == 0
+    assert scores["barge-in, F1@1"].value == 1
+    assert scores["pauses of a turn waited through"].value == 1 and scores["back-channels let pass"].value == 1
+    first, listening = kept[0], next(s for s in kept if (s.barge_in == 1).any())
+    yes[0, 12 - first.open.start, TURN_TAKING] = True  # in the pause
+    yes[kept.index(listening), 41 - listening.open.start, BARGE_IN] = True  # at the back-channel
+    _count(turns := Turns(), cut, kept, yes)
+    scores = turns.scores(0)
+    assert scores["pauses of a turn waited through"].value == 0 and scores["back-channels let pass"].value == 0
+    assert scores["end of turn, ambiguous turns, F1@5"].value == 0 and scores["barge-in, F1@5"].value == 0

@@ -1,0 +1,108 @@
+"""When the full-duplex predictor answers and stops, on simulated dialogues, position by position of 80 ms.
+
+The predictor reads what a session has read at each position: the layout and the objective that it learned with
+(`minmo/training/objectives/duplex.py`). So this scores decisions, and leaves out what a session does after a wrong one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minmo.data.dialogues import duplex_samples
+from minmo.data.duplex import Event, Sample, position
+from minmo.data.manifest import describe_skipped, read_manifest
+from minmo.data.schema import events_of
+from minmo.evaluation.material import Material
+from minmo.evaluation.scores import Score, f1, right_rate
+from minmo.model import MinMo
+from minmo.modules.duplex import BARGE_IN, TURN_TAKING
+from minmo.training.batches import Builder
+from minmo.training.objectives.duplex import SCORED, THRESHOLD, DuplexObjective
+
+
+@dataclass
+class Turns:
+    """An entry each decision that was due or taken: (hits, decisions, events) of an open turn by what is counted, and
+    whether a back-channel was let pass and a pause waited through. dialogues: whose the entry is."""
+
+    marks: dict[str, list[tuple[int, int, int]]] = field(default_factory=dict)
+    right: dict[str, list[bool]] = field(default_factory=dict)
+    dialogues: dict[str, list[str]] = field(default_factory=dict)
+
+    def scores(self, seed: int) -> dict[str, Score]:
+        """By name, F1 of decisions and rates of what was right, with intervals over dialogues."""
+        found = {name: f1(marks, self.dialogues[name], seed) for name, marks in self.marks.items()}
+        return found | {name: right_rate(r, None, self.dialogues[name], seed) for name, r in self.right.items()}
+
+    def mark(self, name: str, dialogue: str, decision: int | None, event: int | None, k: int) -> None:
+        """An open turn's first decision and its event, LLM positions."""
+        hit = decision is not None and event is not None and abs(decision - event) <= k
+        self.marks.setdefault(name, []).append((int(hit), int(decision is not None), int(event is not None)))
+        self.dialogues.setdefault(name, []).append(dialogue)
+
+    def judge(self, name: str, dialogue: str, right: bool) -> None:
+        self.right.setdefault(name, []).append(right)
+        self.dialogues.setdefault(name, []).append(dialogue)
+
+
+def take_turns(model: MinMo, material: Material, name: str = "test-duplex") -> Turns:
+    """Decisions on the dialogues of a manifest; none, noted in `left_out`, where there is no such manifest."""
+    turns, path = Turns(), material.data / f"{name}.jsonl.gz"
+    if not path.is_file():
+        material.left_out.append(f"{name}: the corpus has no such manifest")
+        return turns
+    assert model.tokenizer is not None
+    builder, objective = Builder(model.config, model.tokenizer), DuplexObjective(model).eval()
+    skipped: Counter[str] = Counter()
+    for cut in list(read_manifest(path, on_error="skip", skipped=skipped))[: material.limit]:
+        with torch.inference_mode():
+            logits = objective.logits(builder.duplex([cut])).float()
+        _count(turns, cut, duplex_samples(cut), torch.softmax(logits, dim=-1)[..., 1] > THRESHOLD)
+    if skipped:
+        material.left_out.append(f"{name}: {describe_skipped(skipped)}")
+    return turns
+
+
+def _count(turns: Turns, cut: Any, samples: Sequence[Sample], yes: Tensor) -> None:
+    """yes (samples, m, 2 decisions) bool."""
+    events, name = events_of(cut), cut.recording.id
+    for sample, row in zip(samples, yes.tolist(), strict=True):
+        begin = sample.open.start
+        for place, labels, decision in (
+            (TURN_TAKING, sample.turn_taking, "end of turn"),
+            (BARGE_IN, sample.barge_in, "barge-in"),
+        ):
+            if not (labels >= 0).any():
+                continue
+            taken = {begin + n for n, label in enumerate(labels) if label >= 0 and row[n][place]}
+            due = [begin + n for n, label in enumerate(labels) if label == 1]
+            first, event = min(taken, default=None), due[0] if due else None
+            for k in SCORED:
+                turns.mark(f"{decision}, F1@{k}", name, first, event, k)
+                if decision == "end of turn" and event is not None:
+                    turn = len(sample.closed)
+                    doubtful = cut.custom.get("ambiguous", [])[turn : turn + 1] == [True]
+                    kind = "ambiguous" if doubtful else "unambiguous"
+                    turns.mark(f"{decision}, {kind} turns, F1@{k}", name, first, event, k)
+            supervised = {begin + n for n, label in enumerate(labels) if label >= 0}
+            _waited(turns, name, events, decision, taken, supervised)
+
+
+def _waited(
+    turns: Turns, name: str, events: Sequence[Event], decision: str, taken: set[int], supervised: set[int]
+) -> None:
+    """Pauses and back-channels that the open turn holds, and whether nothing was decided in them."""
+    kind, measure = {
+        "end of turn": ("pause", "pauses of a turn waited through"),
+        "barge-in": ("backchannel", "back-channels let pass"),
+    }[decision]
+    for event in events:
+        span = set(range(position(event.start), position(event.end) + 1))
+        if event.kind == kind and span <= supervised:
+            turns.judge(measure, name, not span & taken)
