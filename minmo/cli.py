@@ -1,4 +1,4 @@
-"""The `minmo` command: talk, transcribe, translate, ask, say, info, profile, doctor, train, tokenize, data, evaluate."""
+"""`minmo`: talk, transcribe, translate, ask, say, info, profile, doctor, train, tokenize, evaluate, data."""
 
 from __future__ import annotations
 

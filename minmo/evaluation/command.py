@@ -22,8 +22,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option("-o", "--out", help="A JSON file for the scores.")] = None,
     seed: Annotated[int, typer.Option(help="Of speech, of drawn lines and of intervals.")] = 0,
 ) -> None:
-    """Scores a nano on held-out material; tasks: hearing, answering, languages, translating, speaking, speech-to-speech,
-    turn-taking."""
+    """Scores a nano on held-out material: hearing, answering, languages, translating, speaking, speech-to-speech
+    and turn-taking."""
     from minmo.evaluation.judges import needed
 
     needed("lhotse")
