@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 from lhotse import CutSet
@@ -25,10 +26,12 @@ class Sampler:
     """
 
     def __init__(self, cuts: CutSet, max_seconds: float, buckets: int, seed: int, rank: int, world: int) -> None:
+        # lhotse asks for as many cuts as buckets; of fewer, all lie below the one bound.
+        few = sum(1 for _ in islice(cuts, buckets)) < buckets
+        bounds: dict[str, Any] = {"duration_bins": [max_seconds]} if few else {"num_buckets": buckets}
         self._inner = DynamicBucketingSampler(
-            cuts, max_duration=max_seconds, num_buckets=buckets, shuffle=True, seed=seed, world_size=1, rank=0,
-            drop_last=False,
-        )  # fmt: skip
+            cuts, max_duration=max_seconds, shuffle=True, seed=seed, world_size=1, rank=0, drop_last=False, **bounds
+        )
         self._epoch, self._rank, self._world = 0, rank, world
 
     def __iter__(self) -> Iterator[Epoch]:

@@ -16,6 +16,7 @@ from minmo import load
 from minmo.data.manifest import read_manifest
 from minmo.data.nano.smoke import build
 from minmo.training.batches import Builder
+from minmo.training.loader import Sampler
 from minmo.training.objectives.recognition import Symbols
 from minmo.training.objectives.text import TextObjective
 from minmo.training.recipe import load_recipe
@@ -145,3 +146,10 @@ def test_tokens_are_those_of_the_speech(corpus: Path) -> None:
         assert max(tokens) < model.config.flow.codes and len(set(tokens)) > 3
         builder = Builder(model.config, model.tokenizer)
         assert len(builder._spectrogram(cut)) == 2 * len(tokens)
+
+
+def test_a_manifest_of_fewer_lines_than_buckets_is_read_whole(corpus: Path) -> None:
+    lines = read_manifest(corpus / "valid-duplex.jsonl.gz")
+    assert [len(cuts) for _, cuts in Sampler(lines, 30.0, 4, 0, 0, 1)] == [1]
+    lines = read_manifest(corpus / "valid-s2s.jsonl.gz")
+    assert sum(len(cuts) for _, cuts in Sampler(lines, 30.0, 100, 0, 0, 1)) == len(list(lines))

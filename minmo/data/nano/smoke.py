@@ -14,6 +14,7 @@ import soxr
 from lhotse import CutSet, MonoCut, Recording
 
 from minmo.config import SAMPLE_RATE
+from minmo.data.nano.dialogues import build_dialogues
 from minmo.data.nano.sentences import Sentence
 from minmo.tokenizer.text import LANGUAGE
 
@@ -26,7 +27,7 @@ COPIES = 4
 
 
 def build(out: Path) -> None:
-    """Writes OUT/sound and the manifests `{train,valid}-{text,asr,qa,mixed,tts,s2s}.jsonl.gz`."""
+    """Writes OUT/sound and the manifests `{train,valid}-{text,asr,qa,mixed,tts,s2s,duplex}.jsonl.gz`."""
     (out / "sound").mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[Any]] = {}
     for name, sentence in SAID.items():
@@ -42,6 +43,8 @@ def build(out: Path) -> None:
     for task, cuts in lines.items():
         for part in ("train", "valid"):
             CutSet.from_cuts(cuts).to_file(out / f"{part}-{task}.jsonl.gz")
+    CutSet.from_cuts(lines["asr"][:1]).to_file(out / "train-backchannels.jsonl.gz")
+    build_dialogues(out, scale=0.004)
 
 
 def _kept(sound: Any, rate: int, path: Path) -> Recording:
