@@ -136,7 +136,7 @@ class Plan:
 
 def plan(recipe: Recipe) -> Plan:
     """What a recipe asks for, from names and shapes alone."""
-    model, stage = shapes(load_config(recipe.preset)), STAGES[recipe.stage]
+    model, stage = shapes(load_config(recipe.preset)), recipe.as_run()
     if recipe.lora is not None:
         with torch.device("meta"), NothingDrawn():
             attach(model.llm, recipe.lora)

@@ -22,7 +22,7 @@ from minmo.config import presets
 from minmo.training.augment import Augment
 from minmo.training.lora import LoRA
 from minmo.training.settings import LoopSettings
-from minmo.training.stages import STAGES
+from minmo.training.stages import STAGES, Stage
 
 T = TypeVar("T")
 SHIPPED = Path(__file__).parent / "recipes"
@@ -108,6 +108,11 @@ class Recipe:
     lora: LoRA | None = None
     bistream_share: float | None = None
     flow: FlowOptions | None = None
+
+    def as_run(self) -> Stage:
+        """The stage, with what trains under this recipe."""
+        stage = STAGES[self.stage]
+        return dataclasses.replace(stage, trains=stage.whole) if self.trainable == "full" else stage
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:

@@ -32,7 +32,6 @@ from minmo.training.objectives.text import TextObjective
 from minmo.training.objectives.tokens import TokenObjective
 from minmo.training.objectives.voice import VoiceObjective
 from minmo.training.recipe import Recipe
-from minmo.training.stages import STAGES
 
 HEADS = "heads.pt"
 KINDS = {
@@ -55,7 +54,7 @@ def run(
     model = weights.load(start, device="cpu").train()
     if model.tokenizer is None:
         raise ValueError(f"{start} has no tokenizer.json; every stage needs its layout of a turn")
-    stage, settings = STAGES[recipe.stage], recipe.loop
+    stage, settings = recipe.as_run(), recipe.loop
     left: Counter[str] = Counter()
     folder = tokens if tokens is not None and KINDS.get(stage.name) in ("flow", "voice") else data
     train, valid = (
@@ -101,7 +100,7 @@ def run(
 
 def make_objective(recipe: Recipe, model: MinMo, symbols: Symbols | None, start: Path) -> Objective:
     """The stage's objective around the model, with `requires_grad` on exactly what the stage trains."""
-    stage = STAGES[recipe.stage]
+    stage = recipe.as_run()
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.startswith(stage.trains)

@@ -26,6 +26,8 @@ class Stage:
     goal: str
     source: str
     paper: bool = True
+    whole: tuple[str, ...] = ()
+    """As `trains`, under a recipe's `trainable: full`."""
 
 
 OWN = "this project"
@@ -56,8 +58,8 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             "sft", ("llm.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa"),
-            "the LLM follows spoken instructions: LoRA on its queries and values, or the whole of it",
-            "paper 3.4, stage 1",
+            "the LLM follows spoken instructions: LoRA on its queries and values, or all that hears and reads",
+            "paper 3.4, stage 1", whole=("llm.", "projector.", "encoder."),
         ),
         Stage(
             "flow", ("flow.",), ("flow",), ("tts",),
