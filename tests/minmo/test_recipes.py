@@ -143,7 +143,7 @@ def test_a_small_plan_by_hand(tmp_path):
     planned = plan(load_recipe(written(tmp_path, RECIPE)))
     layer = 61_440 + 320 + 36_864 + 196_608 + 98_304 + 384
     llm = 1024 * 192 + 4 * layer + 192
-    assert planned.trained == llm == 4_289_408
+    assert planned.trained == llm == 1_772_480
     assert planned.flops == 6 * 4 * llm  # 4 tokens a second; the table is the head
     assert planned.seconds == 200 and planned.hours == 10 and planned.steps == 180  # 3600 samples of 10 s
     kept = 4 * (192 + 320 + 192 + 192 + 192 + 1024 + 512 + 192)
