@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minmo.data.dialogues import duplex_samples
-from minmo.data.duplex import Event, Sample, position
+from minmo.data.duplex import Sample, position
 from minmo.data.manifest import describe_skipped, read_manifest
 from minmo.data.schema import events_of
 from minmo.evaluation.material import Material
@@ -73,36 +73,23 @@ def _count(turns: Turns, cut: Any, samples: Sequence[Sample], yes: Tensor) -> No
     """yes (samples, m, 2 decisions) bool."""
     events, name = events_of(cut), cut.recording.id
     for sample, row in zip(samples, yes.tolist(), strict=True):
-        begin = sample.open.start
-        for place, labels, decision in (
-            (TURN_TAKING, sample.turn_taking, "end of turn"),
-            (BARGE_IN, sample.barge_in, "barge-in"),
+        for place, labels, decision, kind, waited in (
+            (TURN_TAKING, sample.turn_taking, "end of turn", "pause", "pauses of a turn waited through"),
+            (BARGE_IN, sample.barge_in, "barge-in", "backchannel", "back-channels let pass"),
         ):
-            if not (labels >= 0).any():
+            supervised = {p for p, label in zip(sample.open, labels, strict=True) if label >= 0}
+            if not supervised:
                 continue
-            taken = {begin + n for n, label in enumerate(labels) if label >= 0 and row[n][place]}
-            due = [begin + n for n, label in enumerate(labels) if label == 1]
-            first, event = min(taken, default=None), due[0] if due else None
+            taken = {p for p in supervised if row[p - sample.open.start][place]}
+            due = [p for p, label in zip(sample.open, labels, strict=True) if label == 1]
+            names = [decision]
+            if place == TURN_TAKING and due:
+                doubtful = cut.custom.get("ambiguous", [])[len(sample.closed) :][:1] == [True]
+                names.append(f"{decision}, {'ambiguous' if doubtful else 'unambiguous'} turns")
             for k in SCORED:
-                turns.mark(f"{decision}, F1@{k}", name, first, event, k)
-                if decision == "end of turn" and event is not None:
-                    turn = len(sample.closed)
-                    doubtful = cut.custom.get("ambiguous", [])[turn : turn + 1] == [True]
-                    kind = "ambiguous" if doubtful else "unambiguous"
-                    turns.mark(f"{decision}, {kind} turns, F1@{k}", name, first, event, k)
-            supervised = {begin + n for n, label in enumerate(labels) if label >= 0}
-            _waited(turns, name, events, decision, taken, supervised)
-
-
-def _waited(
-    turns: Turns, name: str, events: Sequence[Event], decision: str, taken: set[int], supervised: set[int]
-) -> None:
-    """Pauses and back-channels that the open turn holds, and whether nothing was decided in them."""
-    kind, measure = {
-        "end of turn": ("pause", "pauses of a turn waited through"),
-        "barge-in": ("backchannel", "back-channels let pass"),
-    }[decision]
-    for event in events:
-        span = set(range(position(event.start), position(event.end) + 1))
-        if event.kind == kind and span <= supervised:
-            turns.judge(measure, name, not span & taken)
+                for what in names:
+                    turns.mark(f"{what}, F1@{k}", name, min(taken, default=None), due[0] if due else None, k)
+            for event in events:
+                span = set(range(position(event.start), position(event.end) + 1))
+                if event.kind == kind and span <= supervised:
+                    turns.judge(waited, name, not span & taken)
