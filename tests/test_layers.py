@@ -15,7 +15,8 @@ ROWS = [
     ["minmo.__main__"],
     ["minmo.cli"],
     ["minmo.doctor"],
-    ["minmo.serving", "minmo.evaluation", "minmo.training", "minmo.info"],
+    ["minmo.evaluation"],  # above training: turn taking is scored on the layout that the predictor learned with
+    ["minmo.serving", "minmo.training", "minmo.info"],
     ["minmo"],
     ["minmo.conversation"],
     ["minmo.fast"],
