@@ -49,6 +49,18 @@ STAGES: dict[str, Stage] = {
             "CosyVoice 2 (arXiv 2412.10117)", paper=False,
         ),
         Stage(
+            "flow", ("flow.",), ("flow",), ("tts",),
+            "speech tokens to mel frames by flow matching, streamed and whole", "CosyVoice 2", paper=False,
+        ),
+        Stage(
+            "vocoder", ("vocoder.",), ("spectrum", "mel", "pitch"), ("tts",),
+            "mel frames to sound", "HiFT (arXiv 2309.09493)", paper=False,
+        ),
+        Stage(
+            "voice-lm", ("voice_decoder.",), ("speech",), ("tts",),
+            "text to speech tokens: half in blocks of 5:15, half at once", "CosyVoice 2", paper=False,
+        ),
+        Stage(
             "pre-align", ("projector.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa"),
             "the projector speaks the LLM's language", "paper 3.4, stage 1",
         ),
@@ -60,18 +72,6 @@ STAGES: dict[str, Stage] = {
             "sft", ("llm.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa"),
             "the LLM follows spoken instructions: LoRA on its queries and values, or all that hears and reads",
             "paper 3.4, stage 1", whole=("llm.", "projector.", "encoder."),
-        ),
-        Stage(
-            "flow", ("flow.",), ("flow",), ("tts",),
-            "speech tokens to mel frames by flow matching, streamed and whole", "CosyVoice 2", paper=False,
-        ),
-        Stage(
-            "vocoder", ("vocoder.",), ("spectrum", "mel", "pitch"), ("tts",),
-            "mel frames to sound", "HiFT (arXiv 2309.09493)", paper=False,
-        ),
-        Stage(
-            "voice-lm", ("voice_decoder.",), ("speech",), ("tts",),
-            "text to speech tokens: half in blocks of 5:15, half at once", "CosyVoice 2", paper=False,
         ),
         Stage(
             "t2s-projector", ("voice_decoder.output_projector.",), ("speech",), ("tts",),

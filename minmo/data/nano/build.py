@@ -217,7 +217,7 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
         by = {"language": prompt.language, "voice": human.SPEAKERS[prompt.language][0]}
         if prompt.name.startswith("digits/"):
             add(f"test-people-digits-{prompt.language}", _cut(recording, name, task="asr", text=prompt.text, **by))
-        elif not prompt.name.startswith(human.TESTS_ONLY) and recording.duration >= human.SHORTEST:
+        elif not prompt.name.startswith(human.TESTS_ONLY) and human.SHORTEST <= recording.duration <= human.LONGEST:
             label = {"instruction": LANGUAGE, "text": LANGUAGES[prompt.language]}
             add(
                 "test-people-lid" if prompt.test else "train-lid",
@@ -267,6 +267,10 @@ def _typed(name: str, custom: dict[str, Any]) -> Any:
 def _write(cuts: Iterable[Any], path: Path) -> tuple[int, float]:
     from lhotse import CutSet
 
+    from minmo.data.manifest import validate
+
     kept = list({cut.id: cut for cut in cuts}.values())
+    for cut in kept:
+        validate(cut)  # a line that training refuses would stop it, hours into it
     CutSet.from_cuts(kept).to_file(path)
     return len(kept), sum(cut.duration for cut in kept)

@@ -28,6 +28,8 @@ DOCUMENTS = Path("/usr/share/doc")
 TESTS_ONLY = ("digits/", "letters/", "phonetic/")
 SHORTEST = 0.6
 """Seconds; shorter prompts say too little to tell a language."""
+LONGEST = 20.0
+"""Seconds; longer prompts are whole menus read out, no turn of a conversation."""
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,8 @@ def _torch(
     capacity, kv_heads = k_cache.shape[1], k_cache.shape[2]
     counts = [queries] * batch if q_lengths is None else q_lengths.tolist()
     ends = lengths.tolist()
+    # Rows by unbind: the gradient of an index is as large as what was indexed, once a row.
+    queries_of, keys_of, values_of = q.unbind(), k_cache.unbind(), v_cache.unbind()
     outs = []
     for entry, (row, count) in enumerate(zip(rows.tolist(), counts, strict=True)):
         out = q.new_zeros(q.shape[1:])
@@ -137,18 +139,21 @@ def _torch(
             if ring:
                 start = max(start, end - capacity)
                 slots = torch.arange(start, end) % capacity
-                k, v = k_cache[row, slots], v_cache[row, slots]
+                k, v = keys_of[row][slots], values_of[row][slots]
             else:
-                k, v = k_cache[row, start:end], v_cache[row, start:end]
+                k, v = keys_of[row][start:end], values_of[row][start:end]
+            # A whole causal sequence needs no mask of its own, and a lone query sees all that is left.
+            whole = mask == "causal" and window == 0 and count == end
             see = None
-            if not (mask == "full" or (mask == "causal" and count == 1)):
+            if not (whole or mask == "full" or (mask == "causal" and count == 1)):
                 position = torch.arange(first, end)[:, None]
                 see = visible(position, torch.arange(start, end)[None], mask, window, chunk, left_chunks, chunk_offset)
             result = F.scaled_dot_product_attention(
-                q[entry, :count].transpose(0, 1)[None],
+                queries_of[entry][:count].transpose(0, 1)[None],
                 k.transpose(0, 1)[None],
                 v.transpose(0, 1)[None],
                 attn_mask=see,
+                is_causal=whole,
                 scale=scale,
                 enable_gqa=heads != kv_heads,
             )
