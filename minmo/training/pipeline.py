@@ -1,5 +1,7 @@
 """All stages of a preset, one after the other, each from the model of the one before (`minmo train all`).
 
+The first one starts from random weights, also where the preset ships trained ones.
+
 A stage whose model is there is not run again; one that was stopped goes on from its last checkpoint. Before the first
 stage that reads speech tokens, the manifests of the assistant's speech get them.
 """
@@ -10,6 +12,7 @@ import dataclasses
 import time
 from pathlib import Path
 
+from minmo import weights
 from minmo.training.loop import processes
 from minmo.training.recipe import Recipe, load_recipe, recipes
 from minmo.training.run import KINDS, run
@@ -29,7 +32,11 @@ def run_all(preset: str, data: Path, out: Path, *, smoke: bool = False, jobs: in
     names = [name for name in recipes() if name.startswith(f"{preset}/")]
     if not names:
         raise ValueError(f"there are no recipes for {preset}; known: {', '.join(recipes())}")
-    start: str | Path = preset
+    start = out / "00-random" / "model"
+    with processes() as here:
+        if here.rank == 0 and not (start / "model.safetensors").is_file():
+            weights.save(weights.untrained(preset, "cpu"), start)
+        here.wait()
     for number, name in enumerate(names, 1):
         recipe = load_recipe(name)
         stage = STAGES[recipe.stage]
@@ -42,7 +49,7 @@ def run_all(preset: str, data: Path, out: Path, *, smoke: bool = False, jobs: in
             run(smoked(recipe) if smoke else recipe, start, data, folder, tokens=out / "tokens")
             print(f"{stage.name} took {(time.monotonic() - began) / 60:.1f} minutes")
         start = folder / "model"
-    return Path(start)
+    return start
 
 
 def smoked(recipe: Recipe) -> Recipe:

@@ -1,5 +1,5 @@
 """Weights on disk: a checkpoint is a directory with `config.json`, `model.safetensors` and `tokenizer.json`."""
 
-from minmo.weights.checkpoint import CheckpointError, load, pick_device, save
+from minmo.weights.checkpoint import CheckpointError, load, pick_device, save, untrained
 
-__all__ = ["CheckpointError", "load", "pick_device", "save"]
+__all__ = ["CheckpointError", "load", "pick_device", "save", "untrained"]

@@ -30,9 +30,9 @@ def load(
 ) -> MinMo:
     """A MinMo in evaluation mode, by preset name or checkpoint directory.
 
-    A preset without weights of its own gets random ones from a fixed seed: `model.trained` is then False and
-    `model.provenance` says so. device: default CUDA where there is one, else the CPU; "meta" builds shapes only.
-    Raises CheckpointError (one sentence) for what does not fit, FileNotFoundError for an unknown name.
+    A preset without weights of its own gets random ones (`untrained`). device: default CUDA where there is one, else
+    the CPU; "meta" builds shapes only. Raises CheckpointError (one sentence) for what does not fit, FileNotFoundError
+    for an unknown name.
     """
     device = pick_device(device)
     dtype = _dtype(dtype)
@@ -42,20 +42,37 @@ def load(
     if device.type == "meta" or not weights.is_file():
         if str(preset_or_dir) not in presets():
             raise CheckpointError(f"{folder} has no {_WEIGHTS}; put the weights there (safetensors only)")
-        model = _random(config, device, dtype)
-    else:
-        model = shapes(config)
-        tensors = _read(weights, {k: v.shape for k, v in model.state_dict().items()}, device, dtype)
-        model.load_state_dict(tensors, assign=True)
-        model.trained = True
-        model.provenance = f"weights from {weights.name} of {preset_or_dir}"
+        return untrained(str(preset_or_dir), device, dtype)
+    model = shapes(config)
+    tensors = _read(weights, {k: v.shape for k, v in model.state_dict().items()}, device, dtype)
+    model.load_state_dict(tensors, assign=True)
+    model.trained = True
+    model.provenance = f"weights from {weights.name} of {preset_or_dir}"
+    return _ready(model, folder)
+
+
+def untrained(
+    preset: str = "nano", device: str | torch.device | None = None, dtype: torch.dtype | str = torch.float32
+) -> MinMo:
+    """A preset's MinMo with random weights from a fixed seed, where training starts from nothing.
+
+    `model.trained` is False and `model.provenance` says so. device, dtype and errors as in `load`.
+    """
+    device, dtype = pick_device(device), _dtype(dtype)
+    if preset not in presets():
+        raise FileNotFoundError(f"{preset!r} is no preset; there are {', '.join(presets())}")
+    return _ready(_random(load_config(preset), device, dtype), _folder(preset))
+
+
+def _ready(model: MinMo, folder: Path) -> MinMo:
+    """In evaluation mode, with the tokenizer of its folder where there is one."""
     tokenizer = folder / "tokenizer.json"
     if tokenizer.is_file():
         model.tokenizer = TextTokenizer.from_file(tokenizer)
-        if model.tokenizer.size > config.llm.vocab:
+        if model.tokenizer.size > model.config.llm.vocab:
             raise CheckpointError(
                 f"{tokenizer} has {model.tokenizer.size} ids, but the LLM's vocabulary (llm.vocab in config.json) "
-                f"holds {config.llm.vocab}; use the files of one model"
+                f"holds {model.config.llm.vocab}; use the files of one model"
             )
     return model.requires_grad_(False).eval()
 

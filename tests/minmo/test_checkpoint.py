@@ -8,17 +8,18 @@ from safetensors.torch import load_file, save_file
 
 import minmo
 from minmo.config import load_config
+from minmo.weights import untrained
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
-    minmo.save(minmo.load("nano"), folder)
+    minmo.save(untrained("nano"), folder)
     return folder
 
 
 def test_round_trip_is_bit_exact(folder):
-    before, after = minmo.load("nano"), minmo.load(folder)
+    before, after = untrained("nano"), minmo.load(folder)
     assert not before.trained and after.trained and "model.safetensors" in after.provenance
     for (name, a), (same, b) in zip(before.state_dict().items(), after.state_dict().items(), strict=True):
         assert name == same and torch.equal(a, b)
@@ -72,9 +73,11 @@ def test_wrong_dtype_and_too_much_memory():
 
 
 def test_random_weights_are_the_same_each_time():
-    a, b = minmo.load("nano"), minmo.load("nano")
+    a, b = untrained("nano"), untrained("nano")
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-    assert "random weights" in a.provenance
+    assert not a.trained and "random weights" in a.provenance
+    with pytest.raises(FileNotFoundError, match="no preset"):
+        untrained("somewhere/else")
 
 
 @pytest.mark.parametrize(
