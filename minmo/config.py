@@ -113,6 +113,9 @@ class VoiceDecoderConfig:
     """Row of the marker table that starts the sequence (sos)."""
     turn_of_speech_marker: int = 1
     """Row of the marker table that says "the text is complete"."""
+    repetition_limit: int = 1
+    """Times that a drawn token may stand among the last ten before another is drawn (CosyVoice 2: 1; 11 = never). Few
+    codes repeat by nature: of nano's 625, two tokens of three stand among the ten before them."""
     query: bool = True
     """Whether the user's turn (query embeddings) is put before the first semantic vectors."""
 

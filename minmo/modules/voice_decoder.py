@@ -93,6 +93,7 @@ class _Voice:
     no_speech: Tensor
     """(ids,) int32: ids that are no speech tokens."""
     end_of_speech: int
+    repetition_limit: int
 
     def choose(self, hidden: Tensor, talks: Tensor, spoken: Tensor, recent: Tensor) -> tuple[Tensor, Tensor]:
         """The next speech token, or end of speech, of each entry that talks (batch,) bool -> (batch,) int32, and whose
@@ -106,6 +107,7 @@ class _Voice:
         token = mk.sample_token(
             logits, entries, self.seeds, spoken, self.temperature, self.top_k, self.top_p, recent,
             torch.where(allowed, -1, self.no_speech).to(torch.int32), stream=SPEECH_STREAM,
+            repetition_limit=self.repetition_limit,
         )  # fmt: skip
         return torch.where(self.turned & (spoken >= self.most) & talks, self.end_of_speech, token), broken
 
@@ -490,6 +492,7 @@ class VoiceDecoder(nn.Module):
             torch.minimum((read_rows(state.max_ratio, rows) * text).long(), room.long()),
             torch.arange(config.codes, config.vocab, dtype=torch.int32, device=rows.device),
             config.end_of_speech,
+            config.repetition_limit,
         )
 
     def _paired(self, x: Vectors) -> Tensor:

@@ -273,6 +273,17 @@ def test_seeds_and_query_decide(decoder):
     assert speak(made, hidden, embedding, lengths, rows, seeds=same, query=QUERY)[0] == tokens
 
 
+@pytest.mark.parametrize("limit,longest", [(1, 1), (3, 3), (11, 11)])
+def test_the_limit_of_repetition_is_the_configurations(decoder, limit, longest):
+    sure = VoiceDecoder(replace(TINY, repetition_limit=limit))
+    sure.load_state_dict(decoder.state_dict())
+    with torch.no_grad():
+        sure.head.bias[4], sure.head.bias[TINY.end_of_speech] = 50.0, -50.0  # says one token unless it may not
+    (said,), _ = speak(sure, HIDDEN[:1, :5], EMBEDDING[:1, :5], ints(5), all_rows(1), max_ratio=8.0)
+    assert max(said[max(0, i - 10) : i + 1].count(4) for i in range(len(said))) == longest
+    assert len(said) == 40
+
+
 def test_bad_use_is_named(decoder):
     row, x = all_rows(1), (HIDDEN[:1, :2], EMBEDDING[:1, :2])
     end = torch.tensor([True])
