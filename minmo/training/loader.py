@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from lhotse import CutSet
-from lhotse.dataset import DynamicBucketingSampler
+from lhotse.dataset import DynamicBucketingSampler, RoundRobinSampler
 from torch.utils.data import Dataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -19,19 +19,16 @@ Epoch = tuple[int, Sequence[Any]]
 
 
 class Sampler:
-    """Batches of cuts of about equal length, `max_seconds` of sound each; (epoch, cuts) for this process.
+    """Batches of cuts of about equal length; (epoch, cuts) for this process.
 
-    The sampler below knows nothing of processes, so its position is the same number on all of them; a batch with fewer
-    cuts than processes is left out on all.
+    parts: cuts and the seconds of sound in a batch of them. Of several parts batches come in turn, and an epoch ends
+    with the shortest. The sampler below knows nothing of processes, so its position is the same number on all of them;
+    a batch with fewer cuts than processes is left out on all.
     """
 
-    def __init__(self, cuts: CutSet, max_seconds: float, buckets: int, seed: int, rank: int, world: int) -> None:
-        # lhotse asks for as many cuts as buckets; of fewer, all lie below the one bound.
-        few = sum(1 for _ in islice(cuts, buckets)) < buckets
-        bounds: dict[str, Any] = {"duration_bins": [max_seconds]} if few else {"num_buckets": buckets}
-        self._inner = DynamicBucketingSampler(
-            cuts, max_duration=max_seconds, shuffle=True, seed=seed, world_size=1, rank=0, drop_last=False, **bounds
-        )
+    def __init__(self, parts: Sequence[tuple[CutSet, float]], buckets: int, seed: int, rank: int, world: int) -> None:
+        each = [_bucketed(cuts, max_seconds, buckets, seed) for cuts, max_seconds in parts]
+        self._inner = each[0] if len(each) == 1 else RoundRobinSampler(*each, stop_early=True)
         self._epoch, self._rank, self._world = 0, rank, world
 
     def __iter__(self) -> Iterator[Epoch]:
@@ -48,6 +45,15 @@ class Sampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epoch = state["epoch"]
         self._inner.load_state_dict(state["inner"])
+
+
+def _bucketed(cuts: CutSet, max_seconds: float, buckets: int, seed: int) -> DynamicBucketingSampler:
+    # lhotse asks for as many cuts as buckets; of fewer, all lie below the one bound.
+    few = sum(1 for _ in islice(cuts, buckets)) < buckets
+    bounds: dict[str, Any] = {"duration_bins": [max_seconds]} if few else {"num_buckets": buckets}
+    return DynamicBucketingSampler(
+        cuts, max_duration=max_seconds, shuffle=True, seed=seed, world_size=1, rank=0, drop_last=False, **bounds
+    )
 
 
 class _Lines(Dataset):

@@ -54,7 +54,9 @@ def run_all(preset: str, data: Path, out: Path, *, smoke: bool = False, jobs: in
 
 def smoked(recipe: Recipe) -> Recipe:
     """The recipe with a few small steps."""
-    data = dataclasses.replace(recipe.data, max_seconds=min(recipe.data.max_seconds, SMOKE_SECONDS), buckets=2)
+    few = {"max_seconds": min(recipe.data.max_seconds, SMOKE_SECONDS)}
+    rehearse = recipe.data.rehearse and dataclasses.replace(recipe.data.rehearse, **few)
+    data = dataclasses.replace(recipe.data, **few, buckets=2, rehearse=rehearse)
     loop = dataclasses.replace(
         recipe.loop, steps=SMOKE_STEPS, warmup=1, log_every=1, validate_every=SMOKE_STEPS, save_every=SMOKE_STEPS
     )

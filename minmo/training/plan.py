@@ -146,7 +146,7 @@ def plan(recipe: Recipe) -> Plan:
         size, trains = sizes.get(part, (0, 0))
         sizes[part] = (size + p.numel(), trains + p.numel() * does_train(name, p, stage))
     hours = sum(c.hours if c.hours is not None else (c.samples or 0) * SAMPLE_SECONDS / 3600 for c in recipe.corpora)
-    seconds = recipe.data.max_seconds * recipe.loop.accumulate
+    seconds = recipe.data.max_seconds * recipe.loop.accumulate / (2 if recipe.data.rehearse else 1)
     return Plan(recipe, stage, sizes, tuple(weights_of(model, stage)), seconds, hours)
 
 

@@ -54,6 +54,19 @@ class Corpus:
 
 
 @dataclass(frozen=True)
+class Rehearsal:
+    """What an earlier stage learned and this one must not forget: its batches come in turn with the stage's own, so
+    that with `loop.accumulate: 2` a step takes one of each."""
+
+    train: tuple[str, ...]
+    max_seconds: float
+
+    def __post_init__(self) -> None:
+        if self.max_seconds <= 0:
+            raise ValueError("max_seconds must be positive")
+
+
+@dataclass(frozen=True)
 class Data:
     """Manifests and batches. max_seconds: sound in one batch of all GPUs together (a step takes `loop.accumulate` of
     them); train, valid: manifests, where the recipe knows them; all their lines are read."""
@@ -63,6 +76,7 @@ class Data:
     workers: int
     train: tuple[str, ...] | None = None
     valid: tuple[str, ...] | None = None
+    rehearse: Rehearsal | None = None
 
     def __post_init__(self) -> None:
         if self.max_seconds <= 0 or self.buckets < 1 or self.workers < 0:

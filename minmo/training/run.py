@@ -8,7 +8,9 @@ OUT/heads.pt       parts of the objective that are training's own, for a later s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,9 +59,10 @@ def run(
     stage, settings = recipe.as_run(), recipe.loop
     left: Counter[str] = Counter()
     folder = tokens if tokens is not None and KINDS.get(stage.name) in ("flow", "voice") else data
-    train, valid = (
+    d = recipe.data
+    train, valid, rehearsed = (
         [read_manifest(folder / path, on_error="skip" if skip_bad else "stop", skipped=left) for path in paths or ()]
-        for paths in (recipe.data.train, recipe.data.valid)
+        for paths in (d.train, d.valid, d.rehearse and d.rehearse.train)
     )
     if not train:
         raise ValueError(f"the recipe of {stage.name} names no training manifest: set data.train")
@@ -72,18 +75,19 @@ def run(
             settings.seed, symbols, recipe.chunks or (), recipe.bistream_share or 1.0, recipe.flow,
         )  # fmt: skip
         plain = dataclasses.replace(builder, augment=None, chunks=())
-        kind, d = KINDS.get(stage.name, "text"), recipe.data
+        kind = KINDS.get(stage.name, "text")
 
-        def batches(cuts: Sequence[Any], builder: Builder, seed: int, workers: int) -> Batches:
-            joined = cuts[0]
-            for more in cuts[1:]:
-                joined = joined + more
-            return Batches(
-                builder, kind, Sampler(joined, d.max_seconds, d.buckets, seed, here.rank, here.world), workers
-            )
+        def batches(parts: Sequence[tuple[Any, float]], builder: Builder, seed: int, workers: int) -> Batches:
+            return Batches(builder, kind, Sampler(parts, d.buckets, seed, here.rank, here.world), workers)
 
-        loader = batches(train, builder, settings.seed, d.workers)
-        checker = (lambda: _validate(objective, batches(valid, plain, 0, 0), here.sum, here.device)) if valid else None
+        lessons = [(_joined(train), d.max_seconds)]
+        if d.rehearse is not None:
+            lessons.append((_joined(rehearsed), d.rehearse.max_seconds))
+        loader = batches(lessons, builder, settings.seed, d.workers)
+        checker = None
+        if valid:
+            exam = [(_joined(valid), d.max_seconds)]
+            checker = lambda: _validate(objective, batches(exam, plain, 0, 0), here.sum, here.device)  # noqa: E731
         spread = dataclasses.replace(settings, shard=settings.shard or here.world > 1)
         result = fit(objective, loader, spread, out / "checkpoints", validate=checker)
         if left or loader.skipped:
@@ -141,6 +145,10 @@ def export(objective: Objective, model: MinMo, folder: Path) -> None:
     if recogniser is not None:
         symbols = {"words": recogniser.symbols.words, "characters": recogniser.symbols.characters}
         (folder / "symbols.json").write_text(json.dumps(symbols, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _joined(manifests: Sequence[Any]) -> Any:
+    return functools.reduce(operator.add, manifests)
 
 
 def _symbols(start: Path, manifests: Sequence[Any]) -> Symbols:

@@ -69,7 +69,7 @@ STAGES: dict[str, Stage] = {
             "encoder and projector together, at drawn chunk sizes", "paper 3.4, stage 1",
         ),
         Stage(
-            "sft", ("llm.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa"),
+            "sft", ("llm.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa", "text"),
             "the LLM follows spoken instructions: LoRA on its queries and values, or all that hears and reads",
             "paper 3.4, stage 1", whole=("llm.", "projector.", "encoder."),
         ),

@@ -151,6 +151,6 @@ def test_tokens_are_those_of_the_speech(corpus: Path) -> None:
 
 def test_a_manifest_of_fewer_lines_than_buckets_is_read_whole(corpus: Path) -> None:
     lines = read_manifest(corpus / "valid-duplex.jsonl.gz")
-    assert [len(cuts) for _, cuts in Sampler(lines, 30.0, 4, 0, 0, 1)] == [1]
+    assert [len(cuts) for _, cuts in Sampler([(lines, 30.0)], 4, 0, 0, 1)] == [1]
     lines = read_manifest(corpus / "valid-s2s.jsonl.gz")
-    assert sum(len(cuts) for _, cuts in Sampler(lines, 30.0, 100, 0, 0, 1)) == len(list(lines))
+    assert sum(len(cuts) for _, cuts in Sampler([(lines, 30.0)], 100, 0, 0, 1)) == len(list(lines))
