@@ -48,9 +48,9 @@ class Sampler:
 
 
 def _bucketed(cuts: CutSet, max_seconds: float, buckets: int, seed: int) -> DynamicBucketingSampler:
-    # lhotse asks for as many cuts as buckets; of fewer, all lie below the one bound.
-    few = sum(1 for _ in islice(cuts, buckets)) < buckets
-    bounds: dict[str, Any] = {"duration_bins": [max_seconds]} if few else {"num_buckets": buckets}
+    # lhotse asks for two buckets at least and as many cuts as buckets; else all lie below the one bound.
+    one = buckets == 1 or sum(1 for _ in islice(cuts, buckets)) < buckets
+    bounds: dict[str, Any] = {"duration_bins": [max_seconds]} if one else {"num_buckets": buckets}
     return DynamicBucketingSampler(
         cuts, max_duration=max_seconds, shuffle=True, seed=seed, world_size=1, rank=0, drop_last=False, **bounds
     )

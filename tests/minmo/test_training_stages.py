@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,3 +155,26 @@ def test_a_manifest_of_fewer_lines_than_buckets_is_read_whole(corpus: Path) -> N
     assert [len(cuts) for _, cuts in Sampler([(lines, 30.0)], 4, 0, 0, 1)] == [1]
     lines = read_manifest(corpus / "valid-s2s.jsonl.gz")
     assert sum(len(cuts) for _, cuts in Sampler([(lines, 30.0)], 100, 0, 0, 1)) == len(list(lines))
+
+
+def test_what_is_rehearsed_comes_in_turn(corpus: Path) -> None:
+    """Batch by batch, each epoch anew, and a run that goes on takes the batches that it had left."""
+
+    def sampler() -> Sampler:
+        parts = [(read_manifest(corpus / f"train-{task}.jsonl.gz"), 3.0) for task in ("asr", "text")]
+        return Sampler(parts, 1, 0, 0, 1)
+
+    def tasks(epoch: Iterable[tuple[int, Sequence[Any]]]) -> list[str]:
+        return [{cut.custom["task"] for cut in cuts}.pop() for _, cuts in epoch]
+
+    whole = sampler()
+    first = tasks(whole)
+    assert len(first) >= 4 and first == ["asr", "text"] * (len(first) // 2) + ["asr"] * (len(first) % 2)
+    assert tasks(whole)[:2] == ["asr", "text"]
+
+    one, other = sampler(), sampler()
+    batches = iter(one)
+    seen = [[cut.id for cut in next(batches)[1]] for _ in range(2)]
+    other.load_state_dict(copy.deepcopy(one.state_dict()))
+    left = [[cut.id for cut in cuts] for _, cuts in batches]
+    assert [[cut.id for cut in cuts] for _, cuts in other] == left and left and seen[0] != left[0]
