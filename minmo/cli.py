@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path, PurePath
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -16,8 +15,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import minmo
+from minmo import console
 from minmo import doctor as doctor_report
 from minmo.config import load_config
+from minmo.console import err
 from minmo.conversation import verbs
 from minmo.conversation.session import Piece
 from minmo.conversation.timings import RESAMPLER
@@ -32,7 +33,6 @@ from minmo.model import MAX_POSITIONS, MOST_POSITIONS
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
 from minmo.training.command import add_to as add_training
 from minmo.weights import pick_device
-from minmo_kernels import BackendError
 from minmo_kernels.dispatch import OPS, backends_in_use
 
 app = typer.Typer(
@@ -40,7 +40,7 @@ app = typer.Typer(
 )
 add_training(app)
 app.command()(evaluate)
-out, err = Console(), Console(stderr=True)
+out = Console()
 
 Sound = Annotated[str, typer.Argument(help="A sound file: 1 to 768 kHz, any number of channels.")]
 SoundOrText = Annotated[str, typer.Argument(help="A sound file, or words.")]
@@ -388,26 +388,8 @@ def _finish(model: minmo.MinMo, reply: minmo.Reply, output: Path | None, timings
 
 
 def main() -> None:
-    """Entry point: what the user can mend ends as one sentence and exit code 2."""
-    try:
-        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    except torch.OutOfMemoryError as error:
-        _refuse(f"the GPU's memory is full ({str(error):.100}…); use a smaller model, bfloat16, or fewer tokens")
-    except (ValueError, OSError, FloatingPointError, BackendError) as error:
-        _refuse(str(error))
-    except Exception as error:
-        usage = getattr(error, "format_message", None)  # typer's own: their class has moved between its versions
-        if usage is None:
-            raise
-        _refuse(f"{usage().rstrip('.')}; see minmo --help")
-    sys.exit(code or 0)
-
-
-def _refuse(sentence: str) -> NoReturn:
-    err.print(f"minmo: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
-    sys.exit(2)
+    """Entry point."""
+    console.run(app)
 
 
 if __name__ == "__main__":

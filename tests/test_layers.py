@@ -26,7 +26,7 @@ ROWS = [
     ["minmo.token2wav", "minmo.tokenizer"],
     ["minmo.modules"],
     ["minmo.state", "minmo.audio"],
-    ["minmo.config", "minmo.clock"],
+    ["minmo.config", "minmo.clock", "minmo.console"],
     ["minmo_kernels"],
 ]
 # Parts that may import less than all that lies below them.
@@ -41,6 +41,7 @@ ONLY = {
         "minmo.modules",
         "minmo.state",
         "minmo.config",
+        "minmo.console",
         "minmo_kernels",
     },
 }

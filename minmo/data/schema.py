@@ -53,7 +53,7 @@ FIELDS = {
     "language": Field("text", "code of the language that is heard, or spoken in tts"),
     "history": Field('list of {"user": text, "assistant": text}', "exchanges before this one, oldest first"),
     "target_recording": Field("lhotse Recording", "the assistant's sound"),
-    "speech_tokens": Field("list of integers, or a lhotse Array", "the assistant's speech tokens, 25 a second"),
+    "speech_tokens": Field("list of integers", "the assistant's speech tokens, 25 a second"),
     "events": Field(
         'list of {"kind", "start", "end", "text"}',
         f"times in samples of 16 kHz since the cut's start; kinds: {', '.join(KINDS)}",

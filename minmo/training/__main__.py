@@ -2,7 +2,10 @@
 
 import typer
 
+from minmo import console
 from minmo.training.command import train
 
 if __name__ == "__main__":
-    typer.run(train)
+    app = typer.Typer()
+    app.command()(train)
+    console.run(app)

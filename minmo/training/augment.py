@@ -38,6 +38,19 @@ class Augment:
     from_epoch: int = 0
     """Epochs before this one hear sound as it is: an encoder that starts from nothing leaves CTC's blanks sooner."""
 
+    def __post_init__(self) -> None:
+        for name in ("stretch", "throat"):
+            if not 1 <= getattr(self, name) <= 4:
+                raise ValueError(f"{name} must be a factor in 1 .. 4, got {getattr(self, name):g}")
+        for name in ("lowpass", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a share in 0 .. 1, got {getattr(self, name):g}")
+        if self.noise_range[0] > self.noise_range[1]:
+            raise ValueError(f"noise_range must rise, got {list(self.noise_range)}")
+        for name in ("gain", "tilt", "masks", "mask_frames", "mask_bins", "pad", "from_epoch"):
+            if not 0 <= getattr(self, name) <= 1000:
+                raise ValueError(f"{name} must lie in 0 .. 1000, got {getattr(self, name):g}")
+
     def __call__(self, mel: Tensor, floor: float, rng: np.random.Generator) -> Tensor:
         """mel (frames, n_mels) -> (other frames, n_mels). floor: the features of silence."""
         frames, bins = mel.shape

@@ -20,7 +20,7 @@ from minmo.data.dialogues import duplex_samples
 from minmo.data.draws import draws
 from minmo.data.duplex import UNSUPERVISED, listening_context
 from minmo.data.manifest import load_sound
-from minmo.data.schema import layout
+from minmo.data.schema import DataError, layout
 from minmo.state import Lengths
 from minmo.token2wav.mel import HOP, RATE, mel_spectrogram
 from minmo.tokenizer.frontend import Frontend
@@ -69,6 +69,12 @@ class Builder:
     def text(self, cuts: Sequence[Any]) -> TextBatch:
         """Turns whose assistant's text is learned: spoken ones where the cuts have recordings, else typed ones."""
         layouts = [layout(cut, self.tokenizer) for cut in cuts]
+        if len({cut.has_recording for cut in cuts}) > 1:
+            raise DataError(
+                f"{cuts[0].id} and others of its batch: some are typed, some spoken; put typed lines into "
+                "data.rehearse, whose batches are their own",
+                "typed and spoken",
+            )
         before = [torch.tensor([*line.prefix, *(line.content or [])]) for line in layouts]
         after = [torch.tensor([*line.suffix, *line.reply]) for line in layouts]
         asked = torch.tensor([len(line.suffix) for line in layouts], dtype=torch.int32)
@@ -97,7 +103,7 @@ class Builder:
         """Conversations whose assistant's text is spoken."""
         layouts = [layout(cut, self.tokenizer) for cut in cuts]
         draws = [self.generator(cut.id).random() < self.bistream_share for cut in cuts]
-        speech = padded([torch.tensor(cut.custom["speech_tokens"], dtype=torch.int32) for cut in cuts])
+        speech = padded([_speech_tokens(cut) for cut in cuts])
         prefix = torch.tensor([len(line.prefix) for line in layouts], dtype=torch.int32)
         return VoiceBatch(self.text(cuts), prefix, *speech, torch.tensor(draws))
 
@@ -105,7 +111,7 @@ class Builder:
         """Speech tokens of the assistant and their mel frames, with everything that is drawn."""
         assert self.flow_options is not None, "the flow's batches need its options"
         rng, o = self.generator(cuts[0].id), self.flow_options
-        tokens, lengths = padded([torch.tensor(cut.custom["speech_tokens"], dtype=torch.int32) for cut in cuts])
+        tokens, lengths = padded([_speech_tokens(cut) for cut in cuts])
         size = 2 * tokens.shape[1]
         mel = torch.stack([_fitted(self._spectrogram(cut), size) for cut in cuts])
         batch = len(cuts)
@@ -186,6 +192,13 @@ def padded(items: Sequence[Tensor], fill: float = 0) -> tuple[Tensor, Lengths]:
     """Tensors (n_i, ...) -> (batch, max n_i, ...), `fill` beyond, and the lengths int32."""
     lengths = torch.tensor([len(item) for item in items], dtype=torch.int32)
     return pad_sequence(list(items), batch_first=True, padding_value=fill), lengths
+
+
+def _speech_tokens(cut: Any) -> Tensor:
+    if not cut.custom.get("speech_tokens"):
+        fix = "minmo tokenize MANIFEST OUTPUT --preset MODEL writes them"
+        raise DataError(f"cut {cut.id}: speech_tokens are missing; {fix}", "missing speech_tokens")
+    return torch.tensor(cut.custom["speech_tokens"], dtype=torch.int32)
 
 
 def _fitted(mel: Tensor, frames: int) -> Tensor:

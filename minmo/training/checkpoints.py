@@ -5,7 +5,7 @@
 is written as `step-000123.tmp` and renamed when every byte of every process is on the disk. Random states are not kept:
 the loop draws from (seed, step) alone.
 
-A checkpoint's metadata and loader state are pickles: continue only from folders that you trust.
+A checkpoint's metadata (PyTorch's `.metadata`) is a pickle: continue only from folders that you trust.
 """
 
 from __future__ import annotations
@@ -145,7 +145,11 @@ class Checkpoints:
                     )
         _read(self._tensors(), checkpoint, self._here.group)
         self._extra.load_state_dict(run["extra"])
-        self._loader.load_state_dict(torch.load(checkpoint / _LOADER, weights_only=False))
+        try:
+            position = torch.load(checkpoint / _LOADER, weights_only=True)
+        except Exception as error:  # whatever a broken archive makes the reader stumble over
+            raise TrainingError(_broken(checkpoint, error)) from error
+        self._loader.load_state_dict(position)
         return int(run["step"])
 
     def save(self, step: int, score: float | None = None) -> None:
@@ -226,8 +230,11 @@ class Checkpoints:
 def _run(checkpoint: Path) -> dict[str, Any]:
     try:
         run: dict[str, Any] = json.loads((checkpoint / _RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        missing = {"step", "settings", "parameters", "extra", "best"} - set(run)
+    except (OSError, ValueError, TypeError) as error:
         raise TrainingError(f"{checkpoint} is not a checkpoint of this loop ({error}); name or keep another") from None
+    if missing:
+        raise TrainingError(f"{checkpoint / _RUN} lacks {', '.join(sorted(missing))}; name or keep another checkpoint")
     return run
 
 
@@ -235,9 +242,11 @@ def _read(tensors: dict[str, dict[str, Any]], checkpoint: Path, group: Any) -> N
     try:
         dcp.load(tensors, checkpoint_id=checkpoint, process_group=group)
     except CheckpointException as error:
-        raise TrainingError(
-            f"{checkpoint} cannot be read ({_cause(error)}); move it away to continue from the one before it"
-        ) from error
+        raise TrainingError(_broken(checkpoint, error)) from error
+
+
+def _broken(checkpoint: Path, error: BaseException) -> str:
+    return f"{checkpoint} cannot be read ({_cause(error)}); move it away to continue from the one before it"
 
 
 def _cause(error: BaseException) -> str:

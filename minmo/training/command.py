@@ -25,7 +25,14 @@ def train(
     stage: StageName = "",
     config: Annotated[str, typer.Option(help="A recipe: its path, or PRESET/STAGE of those that ship.")] = "",
     start: Annotated[str, typer.Option("--from", help="The model to start from: a preset or a folder.")] = "",
-    output: Annotated[Path | None, typer.Option("-o", "--out", help="Where checkpoints and the model go.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Where checkpoints and the model go; a run in it goes on, so it must be a folder that you trust.",
+        ),
+    ] = None,
     data: Annotated[Path | None, typer.Option(help="What the recipe's manifests are relative to.")] = None,
     preset: Annotated[str, typer.Option(help="Whose recipes serve where no --config is given.")] = "nano",
     list_stages: Annotated[bool, typer.Option("--list", help="Show the stages.")] = False,
@@ -44,8 +51,19 @@ def train(
         return show_stages(out)
     if stage != "all" and stage not in STAGES:
         raise ValueError(f"stage must be all or one of {', '.join(STAGES)}, got {stage!r}; see minmo train --list")
-    if stage == "all" and dry_run:
-        raise ValueError("--dry-run shows one stage: name it")
+    if stage == "all" and (
+        single := [
+            name
+            for name, given in (
+                ("--dry-run", dry_run),
+                ("--config", config),
+                ("--from", start),
+                ("--skip-bad", skip_bad),
+            )
+            if given
+        ]
+    ):
+        raise ValueError(f"{', '.join(single)} is for one stage: name it")
     if stage != "all":
         recipe = load_recipe(config or f"{preset}/{stage}")
         if recipe.stage != stage:

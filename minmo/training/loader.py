@@ -57,12 +57,13 @@ def _bucketed(cuts: CutSet, max_seconds: float, buckets: int, seed: int) -> Dyna
 
 
 class _Lines(Dataset):
-    """(epoch, cuts) -> a batch, its cuts' ids, and why cuts were left out."""
+    """(epoch, cuts) -> a batch, its cuts' ids, and why cuts were left out; or a fault, for the first process to raise:
+    errors do not cross processes whole."""
 
     def __init__(self, builder: Builder, build: Callable[[Sequence[Any]], Any]) -> None:
         self.builder, self.build = builder, build
 
-    def __getitem__(self, item: Epoch) -> tuple[Any, list[str], list[str]]:
+    def __getitem__(self, item: Epoch) -> tuple[Any, list[str], list[str]] | DataError:
         self.builder.epoch, cuts = item[0], list(item[1])
         left: list[str] = []
         while True:
@@ -71,11 +72,11 @@ class _Lines(Dataset):
             except DataError as error:
                 bad = [cut for cut in cuts if str(error).startswith(f"cut {cut.id}:")]
                 if not bad:
-                    raise
+                    return error
                 cuts = [cut for cut in cuts if cut.id != bad[0].id]
                 left.append(error.reason)
                 if not cuts:
-                    raise  # one unusable cut among many is left out, a whole batch of them is no accident
+                    return error  # one unusable cut among many is left out, a whole batch of them is no accident
 
 
 class Batches:
@@ -87,7 +88,10 @@ class Batches:
         self._loader = StatefulDataLoader(lines, sampler=sampler, batch_size=None, num_workers=workers)
 
     def __iter__(self) -> Iterator[tuple[Any, list[str]]]:
-        for batch, ids, left in self._loader:
+        for found in self._loader:
+            if isinstance(found, DataError):
+                raise found
+            batch, ids, left = found
             self.skipped.update(left)
             yield batch, ids
 

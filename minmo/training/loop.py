@@ -21,6 +21,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -84,7 +85,9 @@ def fit(
             return _Run(objective, loader, settings, Path(out), here, to_save or objective).train(validate, samples)
         except RuntimeError as error:
             # PyTorch raises it from wherever the main thread is when the process dies.
-            if "DataLoader worker" not in str(error):
+            if not (
+                "DataLoader worker" in str(error) and re.search("exited unexpectedly|killed by signal", str(error))
+            ):
                 raise
             raise TrainingError(
                 f"a process of the data loader died ({str(error).splitlines()[0]}), often for lack of memory; "

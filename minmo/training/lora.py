@@ -29,8 +29,8 @@ class LoRA:
     targets: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise ValueError(f"rank and alpha must be positive, got {self.rank} and {self.alpha}")
+        if not 1 <= self.rank <= 4096 or self.alpha <= 0:
+            raise ValueError(f"rank must lie in 1 .. 4096 and alpha be positive, got {self.rank} and {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in 0 .. 1 (1 excluded), got {self.dropout}")
         if not self.targets or len(set(self.targets)) < len(self.targets) or set(self.targets) - set(ROWS):

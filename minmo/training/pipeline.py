@@ -9,6 +9,7 @@ stage that reads speech tokens, the manifests of the assistant's speech get them
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 
@@ -32,17 +33,21 @@ def run_all(preset: str, data: Path, out: Path, *, smoke: bool = False, jobs: in
     names = [name for name in recipes() if name.startswith(f"{preset}/")]
     if not names:
         raise ValueError(f"there are no recipes for {preset}; known: {', '.join(recipes())}")
+    plans = [load_recipe(name) for name in names]
     start = out / "00-random" / "model"
     with processes() as here:
-        if here.rank == 0 and not (start / "model.safetensors").is_file():
-            weights.save(weights.untrained(preset, "cpu"), start)
+        if here.rank == 0:
+            _same_run(out, [smoked(recipe) if smoke else recipe for recipe in plans], data)
+            if not start.is_dir():
+                part = start.with_name("model.tmp")
+                weights.save(weights.untrained(preset, "cpu"), part)
+                part.rename(start)
         here.wait()
-    for number, name in enumerate(names, 1):
-        recipe = load_recipe(name)
+    for number, recipe in enumerate(plans, 1):
         stage = STAGES[recipe.stage]
         folder = out / f"{number:02}-{stage.name}"
-        if not (folder / "model" / "model.safetensors").is_file():
-            print(f"{number} of {len(names)}: {stage.name}: {stage.goal}")
+        if not (folder / "model").is_dir():
+            print(f"{number} of {len(plans)}: {stage.name}: {stage.goal}")
             if KINDS.get(stage.name) in ("flow", "voice"):
                 _with_tokens(recipe, data, out, str(start), jobs)
             began = time.monotonic()
@@ -52,11 +57,34 @@ def run_all(preset: str, data: Path, out: Path, *, smoke: bool = False, jobs: in
     return start
 
 
+def _same_run(out: Path, plans: list[Recipe], data: Path) -> None:
+    """Refuses a folder whose stages were, or were to be, trained by other recipes or on other data."""
+    described = {
+        recipe.stage: {
+            **dataclasses.asdict(recipe),
+            "loop": recipe.loop.decisive(),
+            "data": {**dataclasses.asdict(recipe.data), "folder": str(data.resolve())},
+        }
+        for recipe in plans
+    }
+    path = out / "stages.json"
+    own = json.loads(json.dumps(described))
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if differ := [stage for stage in {**stored, **own} if stored.get(stage) != own.get(stage)]:
+            raise ValueError(
+                f"{out} holds a run by other recipes or on other data (first of them: {differ[0]}): "
+                "go on as it began, or give another folder"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+
+
 def smoked(recipe: Recipe) -> Recipe:
     """The recipe with a few small steps."""
-    few = {"max_seconds": min(recipe.data.max_seconds, SMOKE_SECONDS)}
-    rehearse = recipe.data.rehearse and dataclasses.replace(recipe.data.rehearse, **few)
-    data = dataclasses.replace(recipe.data, **few, buckets=2, rehearse=rehearse)
+    few = min(recipe.data.max_seconds, SMOKE_SECONDS)
+    rehearse = recipe.data.rehearse and dataclasses.replace(recipe.data.rehearse, max_seconds=few)
+    data = dataclasses.replace(recipe.data, max_seconds=few, buckets=2, rehearse=rehearse)
     loop = dataclasses.replace(
         recipe.loop, steps=SMOKE_STEPS, warmup=1, log_every=1, validate_every=SMOKE_STEPS, save_every=SMOKE_STEPS
     )

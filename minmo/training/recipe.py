@@ -10,7 +10,6 @@ its encoder, LLM and speech tokenizer come trained, and how is not published.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 import types
 import typing
@@ -25,6 +24,8 @@ from minmo.training.settings import LoopSettings
 from minmo.training.stages import STAGES, Stage
 
 T = TypeVar("T")
+_MOST = 1e30
+"""Largest number in a recipe."""
 SHIPPED = Path(__file__).parent / "recipes"
 OPTIONS = {
     "chunks": ("encoder", "full-align"),
@@ -49,8 +50,13 @@ class Corpus:
     def __post_init__(self) -> None:
         if (self.hours is None) == (self.samples is None):
             raise ValueError("needs either hours or samples")
-        if not (self.hours or self.samples or 0) > 0:
+        if not 0 < (self.hours or self.samples or 0) <= 1e15:
             raise ValueError("hours or samples must be positive")
+
+
+def _check_seconds(seconds: float) -> None:
+    if not 0.1 <= seconds <= 1e7:
+        raise ValueError(f"max_seconds must lie in 0.1 .. 1e7, got {seconds:g}")
 
 
 @dataclass(frozen=True)
@@ -62,8 +68,7 @@ class Rehearsal:
     max_seconds: float
 
     def __post_init__(self) -> None:
-        if self.max_seconds <= 0:
-            raise ValueError("max_seconds must be positive")
+        _check_seconds(self.max_seconds)
 
 
 @dataclass(frozen=True)
@@ -79,8 +84,9 @@ class Data:
     rehearse: Rehearsal | None = None
 
     def __post_init__(self) -> None:
-        if self.max_seconds <= 0 or self.buckets < 1 or self.workers < 0:
-            raise ValueError("max_seconds and buckets must be positive, workers at least 0")
+        _check_seconds(self.max_seconds)
+        if not (1 <= self.buckets <= 1000 and 0 <= self.workers <= 1000):
+            raise ValueError("buckets must lie in 1 .. 1000, workers in 0 .. 1000")
 
 
 @dataclass(frozen=True)
@@ -187,6 +193,13 @@ def parse(text: str, where: str) -> Any:
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # a few lines of them stand for gigabytes
+                raise yaml.MarkedYAMLError(
+                    None, None, "write values out, aliases are not read", self.peek_event().start_mark
+                )
+            return super().compose_node(parent, index)
+
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys: list[Any] = []
             for key, _ in node.value:
@@ -207,7 +220,7 @@ def parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ValueError(f"{where} is not a recipe in YAML: line {line}: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError, TypeError) as error:
+    except (yaml.YAMLError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{where} is not a recipe in YAML: {str(error).splitlines()[0]:.100}") from None
 
 
@@ -255,9 +268,9 @@ def _convert(kind: Any, value: Any, where: str, name: str) -> Any:
             )
     if origin is dict and isinstance(value, dict) and all(isinstance(k, str) for k in value):
         return {k: _convert(arguments[1], v, where, f"{name}.{k}") for k, v in value.items()}
-    if kind is float and type(value) in (int, float) and math.isfinite(value):
+    if kind is float and type(value) in (int, float) and -_MOST <= value <= _MOST:
         return float(value)
-    if kind in (int, bool) and type(value) is kind:
+    if kind is bool and type(value) is bool or kind is int and type(value) is int and -_MOST <= value <= _MOST:
         return value
     if kind is str and isinstance(value, str) and value.strip():
         return value
@@ -270,7 +283,7 @@ def _words(kind: Any) -> str:
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if origin is tuple:
-        return "a list" if arguments[1:] == (...,) else f"a list of {len(arguments)}"
+        return "a list that is not empty" if arguments[1:] == (...,) else f"a list of {len(arguments)}"
     return simple.get(kind, "a mapping of names")
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import operator
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from minmo import weights
+from minmo.config import load_config
 from minmo.data.manifest import describe_skipped, read_manifest
 from minmo.model import MinMo
 from minmo.training import lora
@@ -35,7 +37,7 @@ from minmo.training.objectives.tokens import TokenObjective
 from minmo.training.objectives.voice import VoiceObjective
 from minmo.training.recipe import Recipe
 
-HEADS = "heads.pt"
+HEADS, SYMBOLS = "heads.pt", "symbols.json"
 KINDS = {
     "encoder": "speech", "speech-tokenizer": "tokens", "flow": "flow", "vocoder": "sound", "voice-lm": "voice",
     "t2s-projector": "voice", "t2s": "voice", "s2s": "voice", "duplex": "duplex",
@@ -53,26 +55,37 @@ def run(
 
     Raises what `minmo.load`, `read_manifest` and `fit` raise, each with its fix.
     """
+    if Path(start).resolve() == (out / "model").resolve():
+        raise ValueError(f"{start} is what this run would write: give another folder to write to")
     model = weights.load(start, device="cpu").train()
+    wanted = load_config(recipe.preset).name
+    if model.config.name != wanted:
+        raise ValueError(
+            f"{start} is a {model.config.name}, and the recipe is for {wanted}: give a recipe of its preset"
+        )
     if model.tokenizer is None:
         raise ValueError(f"{start} has no tokenizer.json; every stage needs its layout of a turn")
     stage, settings = recipe.as_run(), recipe.loop
     left: Counter[str] = Counter()
     folder = tokens if tokens is not None and KINDS.get(stage.name) in ("flow", "voice") else data
     d = recipe.data
+    on_error = "skip" if skip_bad else "stop"
     train, valid, rehearsed = (
-        [read_manifest(folder / path, on_error="skip" if skip_bad else "stop", skipped=left) for path in paths or ()]
+        [read_manifest(folder / path, on_error=on_error, skipped=left, tasks=stage.tasks) for path in paths or ()]
         for paths in (d.train, d.valid, d.rehearse and d.rehearse.train)
     )
     if not train:
-        raise ValueError(f"the recipe of {stage.name} names no training manifest: set data.train")
+        raise ValueError(
+            f"the recipe of {stage.name} names no training manifest: set data.train, in a copy of a recipe that ships"
+        )
     symbols = _symbols(Path(start), train) if "word_ctc" in stage.losses else None
     torch.manual_seed(settings.seed)
     objective = make_objective(recipe, model, symbols, Path(start))
     with processes() as here:
         builder = Builder(
             model.config, model.tokenizer, recipe.augment,
-            settings.seed, symbols, recipe.chunks or (), recipe.bistream_share or 1.0, recipe.flow,
+            settings.seed, symbols, recipe.chunks or (),
+            1.0 if recipe.bistream_share is None else recipe.bistream_share, recipe.flow,
         )  # fmt: skip
         plain = dataclasses.replace(builder, augment=None, chunks=())
         kind = KINDS.get(stage.name, "text")
@@ -134,17 +147,22 @@ def make_objective(recipe: Recipe, model: MinMo, symbols: Symbols | None, start:
 
 
 def export(objective: Objective, model: MinMo, folder: Path) -> None:
-    """Writes the whole model, adapters merged, and the heads that are training's own."""
+    """Writes the whole model, adapters merged, and the heads that are training's own; the folder is there when all of
+    it is."""
     if lora.adapters(model.llm):
         lora.merge(model.llm)
-    weights.save(model, folder)
+    part = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)
+    weights.save(model, part)
     heads = {k: v.cpu() for k, v in objective.state_dict().items() if not k.startswith("model.")}
     if heads:
-        torch.save(heads, folder / HEADS)
+        torch.save(heads, part / HEADS)
     recogniser = getattr(objective, "recogniser", None)
     if recogniser is not None:
         symbols = {"words": recogniser.symbols.words, "characters": recogniser.symbols.characters}
-        (folder / "symbols.json").write_text(json.dumps(symbols, ensure_ascii=False) + "\n", encoding="utf-8")
+        (part / SYMBOLS).write_text(json.dumps(symbols, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
 def _joined(manifests: Sequence[Any]) -> Any:
@@ -153,16 +171,22 @@ def _joined(manifests: Sequence[Any]) -> Any:
 
 def _symbols(start: Path, manifests: Sequence[Any]) -> Symbols:
     """Those of the stage before, or of this stage's corpus."""
-    path = start / "symbols.json"
-    if path.is_file():
+    path = start / SYMBOLS
+    if not path.is_file():
+        return Symbols.of(cut.custom["text"] for cuts in manifests for cut in cuts)
+    try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return Symbols(tuple(stored["words"]), tuple(stored["characters"]))
-    return Symbols.of(cut.custom["text"] for cuts in manifests for cut in cuts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r:.100}); run the stage that wrote it again") from None
 
 
 def _heads(start: Path) -> dict[str, torch.Tensor]:
     path = start / HEADS
-    return torch.load(path, weights_only=True) if path.is_file() else {}
+    try:
+        return torch.load(path, weights_only=True) if path.is_file() else {}
+    except Exception as error:  # whatever a broken archive makes the reader stumble over
+        raise ValueError(f"{path} is damaged ({str(error):.60}); run the stage that wrote it again") from None
 
 
 def _validate(

@@ -11,7 +11,7 @@ SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("fp32", "bf16")
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """Why a run cannot begin, continue or go on, in one sentence with what to do."""
 
 
@@ -52,7 +52,8 @@ class LoopSettings:
     """Checkpoints that stay, newest first; the best one stays besides."""
     seed: int = 0
     spike: float = 10.0
-    """A step whose loss or gradient norm is beyond this many times the running median is skipped; inf turns it off."""
+    """A step whose loss or gradient norm is beyond this many times the running median is skipped; 1e30
+    turns it off."""
     patience: int = 10
     """Skipped steps in a row after which training stops."""
     lr_scale: dict[str, float] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class LoopSettings:
         self._need(
             "betas", len(self.betas) == 2 and all([_number(b) and 0 <= b < 1 for b in self.betas]), "two from 0 to 1"
         )
-        self._need("spike", _number(self.spike) and self.spike > 1, "a number above 1 (inf turns it off)")
+        self._need("spike", _number(self.spike) and self.spike > 1, "a number above 1 (1e30 turns it off)")
         self._need("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         self._need("precision", self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         for name in ("shard", "checkpoint_activations", "compile"):

@@ -1,11 +1,12 @@
 """Speech tokens of the assistant's sound, written into a manifest once (`minmo tokenize`), for flow and voice stages.
 
 Work is cut into shares of lines, a process each; a share that is there is not done again, so a run that was stopped
-goes on where it was.
+goes on where it was, as long as manifest and model are what they were.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -34,9 +35,12 @@ def tokenize(manifest: Path, out: Path, model: str, *, jobs: int = 1) -> Counter
     """Writes the lines of `manifest` with `speech_tokens` of their `target_recording` to `out` (JSONL, .gz or not).
 
     model: a preset or a model's folder, whose speech tokenizer serves. Returns how many lines were left out, by reason:
-    those whose sound cannot be used. Raises DataError for a manifest that cannot be read.
+    those whose sound cannot be used; a line that has its tokens already stays as it is. Raises DataError for a manifest
+    that cannot be read, ValueError where it is `out` itself.
     """
-    shares = out.with_name(f"{out.name}.shares")
+    if out.resolve() == manifest.resolve():
+        raise ValueError(f"{out} is the manifest that is read: write to another file")
+    shares = out.with_name(f"{out.name}.{_state_of(manifest, Path(model))}.shares")
     shares.mkdir(parents=True, exist_ok=True)
     todo = [(n, lines, shares, model) for n, lines in enumerate(_shares(manifest))]
     with ExitStack() as stack:
@@ -58,6 +62,13 @@ def tokenize(manifest: Path, out: Path, model: str, *, jobs: int = 1) -> Counter
     shares.rmdir()
     print(describe_skipped(skipped))
     return skipped
+
+
+def _state_of(*paths: Path) -> str:
+    """Changes with any file of these: what was begun with others is not gone on with."""
+    files = sorted(f for path in paths for f in ([path] if path.is_file() else path.rglob("*")) if f.is_file())
+    stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((paths, stats)).encode()).hexdigest()[:12]
 
 
 def _shares(manifest: Path) -> Iterator[list[Any]]:
@@ -91,14 +102,15 @@ def _share(task: tuple[int, list[Any], Path, str]) -> Path:
 def _tokens(cuts: Sequence[Any], model: MinMo, skipped: Counter[str]) -> list[dict[str, Any]]:
     sounds, kept = [], []
     for cut in cuts:
+        if cut.custom.get("speech_tokens"):
+            continue
         try:
             sounds.append(torch.from_numpy(load_sound(cut, "target_recording")))
             kept.append(cut)
         except DataError as error:
             skipped[error.reason] += 1
-    if not kept:
-        return []
-    ids, counts = model.speech_tokenizer.encode(*model.frontend(*padded(sounds)))
-    for cut, tokens, count in zip(kept, ids.tolist(), counts.tolist(), strict=True):
-        cut.custom["speech_tokens"] = tokens[:count]
-    return [cut.to_dict() for cut in kept]
+    if kept:
+        ids, counts = model.speech_tokenizer.encode(*model.frontend(*padded(sounds)))
+        for cut, tokens, count in zip(kept, ids.tolist(), counts.tolist(), strict=True):
+            cut.custom["speech_tokens"] = tokens[:count]
+    return [cut.to_dict() for cut in cuts if cut.custom.get("speech_tokens")]

@@ -80,7 +80,7 @@ def _ready(model: MinMo, folder: Path) -> MinMo:
 def save(model: MinMo, directory: str | Path) -> None:
     """Writes `config.json`, `model.safetensors` and `tokenizer.json`; `load` gives the same tensors back.
 
-    Raises CheckpointError for a model whose weights are packed, or were given to a FastMinMo.
+    Raises CheckpointError for a model whose weights are packed, or were given to a FastMinMo, and for a full disk.
     """
     if model.state_dict().keys() != shapes(model.config).state_dict().keys():
         raise CheckpointError(
@@ -90,7 +90,10 @@ def save(model: MinMo, directory: str | Path) -> None:
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / _WEIGHTS)
+    try:
+        save_file(tensors, folder / _WEIGHTS)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / _WEIGHTS} could not be written ({error}): make room and save again") from None
     (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
     if model.tokenizer is not None:
         model.tokenizer.save(folder / "tokenizer.json")

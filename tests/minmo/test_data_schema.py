@@ -47,6 +47,10 @@ def cut(example):
 SEVEN = line("asr")["recording"]
 
 
+def sounding(kind, source):
+    return {**SEVEN, "sources": [{"type": kind, "channels": [0], "source": source}]}
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """A working directory with the sounds that the examples name."""
@@ -107,7 +111,13 @@ def test_each_required_field_is_missed(task, folder):
         (line("asr", text="a" * 10_001), "text has 10001 characters, limit 10000", "long text"),
         ({**line("asr"), "duration": 0.05}, "duration is 0.05 s, less than the 0.1 s", "too short"),
         ({**line("asr"), "duration": 0.0}, "duration is 0 s", "too short"),
-        ({**line("asr"), "duration": float("nan")}, "duration is nan s", "too short"),
+        ({**line("asr"), "duration": float("nan")}, "duration must be seconds, got nan", "wrong duration"),
+        ({**line("asr"), "start": float("nan")}, "start must be seconds, got nan", "wrong start"),
+        ({**line("asr"), "channel": 3}, "channel is 3, which its recording has not", "wrong channel"),
+        ({**line("asr"), "recording": sounding("command", "touch PWNED")}, "is no file but command", "wrong recording"),
+        ({**line("asr"), "recording": sounding("url", "https://a/b.wav")}, "is no file but url", "wrong recording"),
+        ({**line("asr"), "recording": sounding("file", "pipe:touch PWNED")}, "is no file but file", "wrong recording"),
+        ({**line("asr"), "recording": sounding("memory", "UklGRg")}, "is no file but memory", "wrong recording"),
         ({**line("asr"), "duration": "1"}, "duration must be seconds, got '1'", "wrong duration"),
         ({**line("asr"), "duration": 61.0}, "duration is 61 s, more than the 60 s", "too long"),
         ({**line("asr"), "duration": 3.0}, "recording ends at 2.5 s, the cut at 3 s", "short recording"),
@@ -133,6 +143,13 @@ def test_what_is_wrong_is_said(example, says, reason, folder):
     with pytest.raises(DataError, match=f"^cut {example['id']}: .*{says}") as error:
         validate(cut(example))
     assert error.value.reason == reason and "\n" not in str(error.value)
+
+
+def test_other_tasks_are_refused_where_they_are_not_wanted(folder):
+    path = write(folder, line("asr"), line("lid"))
+    assert len(list(read_manifest(path, tasks=("asr", "lid")))) == 2
+    with pytest.raises(DataError, match="line 2: cut .*: task is lid, and what is wanted here is asr, qa"):
+        list(read_manifest(path, tasks=("asr", "qa")))
 
 
 def test_limits_are_arguments(folder):

@@ -115,6 +115,7 @@ def build(out: Path, scale: float = 1.0, seed: int = 0, jobs: int = 2) -> dict[s
     """
     from minmo.data.nano.dialogues import build_dialogues  # of the extra `train`
 
+    out = out.resolve()  # manifests name their sounds, wherever they are read from
     if missing := sorted({*missing_packages(VOICES), *human.missing_packages()}):
         raise SynthesisError(
             "the nano corpus needs Debian packages, some of them from contrib and non-free: apt-get install "

@@ -28,6 +28,7 @@ COPIES = 4
 
 def build(out: Path) -> None:
     """Writes OUT/sound and the manifests `{train,valid}-{text,asr,qa,mixed,tts,s2s,duplex}.jsonl.gz`."""
+    out = out.resolve()
     (out / "sound").mkdir(parents=True, exist_ok=True)
     lines: dict[str, list[Any]] = {}
     for name, sentence in SAID.items():

@@ -76,7 +76,7 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-class SynthesisError(RuntimeError):
+class SynthesisError(ValueError):
     """A voice that does not speak: its program is missing or gave no sound."""
 
 

@@ -1,0 +1,132 @@
+"""What goes wrong around a stage, its folders and its lines: one sentence each, and nothing that was there is lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+pytest.importorskip("lhotse")
+
+from minmo import load, weights
+from minmo.data.manifest import read_manifest
+from minmo.data.nano.smoke import build
+from minmo.data.schema import DataError
+from minmo.training import pipeline
+from minmo.training.batches import Builder
+from minmo.training.loader import Batches, Sampler
+from minmo.training.recipe import load_recipe, recipes
+from minmo.training.run import _heads, _symbols, run
+from minmo.training.tokenize import tokenize
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    build(folder)
+    return folder
+
+
+@pytest.fixture
+def builder() -> Builder:
+    model = load("nano", device="meta")
+    assert model.tokenizer is not None
+    return Builder(model.config, model.tokenizer, flow_options=load_recipe("nano/flow").flow)
+
+
+def test_all_stages_are_one_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, str]] = []
+
+    def stage(recipe: Any, start: Any, data: Path, out: Path, tokens: Path) -> None:
+        done.append((recipe.stage, Path(start).parent.name))
+        (out / ("model" if len(done) != 3 else "model.tmp")).mkdir(parents=True)
+        if len(done) == 3:
+            raise KeyboardInterrupt  # in the middle of writing the model
+
+    monkeypatch.setattr(pipeline, "run", stage)
+    monkeypatch.setattr(pipeline, "_with_tokens", lambda *args: None)
+    names = [name.split("/")[1] for name in recipes() if name.startswith("nano/")]
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_all("nano", corpus, tmp_path, smoke=True)
+    assert done == [(names[0], "00-random"), (names[1], f"01-{names[0]}"), (names[2], f"02-{names[1]}")]
+    untrained = weights.load(tmp_path / "00-random" / "model", device="cpu")
+    assert all(map(torch.equal, untrained.state_dict().values(), weights.untrained().state_dict().values()))
+
+    for other in ({"data": corpus.parent}, {"smoke": False}):
+        given = {"data": corpus, "smoke": True} | other
+        with pytest.raises(
+            ValueError, match=r"holds a run by other recipes or on other data \(first of them: text-lm\)"
+        ):
+            pipeline.run_all("nano", out=tmp_path, **given)
+    last = pipeline.run_all("nano", corpus, tmp_path, smoke=True)
+    assert [stage for stage, _ in done[3:]] == names[2:] and last == tmp_path / f"{len(names)}-{names[-1]}" / "model"
+
+
+def test_a_stage_says_what_it_cannot_start_from(corpus: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("nano/text-lm")
+    weights.save(weights.untrained(), tmp_path / "model")
+    with pytest.raises(ValueError, match="is what this run would write: give another folder"):
+        run(recipe, tmp_path / "model", corpus, tmp_path)
+    with pytest.raises(ValueError, match="nano is a nano, and the recipe is for minmo-8b"):
+        run(load_recipe("minmo-8b/sft"), "nano", corpus, tmp_path / "out")
+    bare = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=None))
+    with pytest.raises(ValueError, match="names no training manifest: set data.train"):
+        run(bare, "nano", corpus, tmp_path / "out")
+    (tmp_path / "heads.pt").write_bytes(b"no archive")
+    (tmp_path / "symbols.json").write_text('{"words": 3}')
+    for read in (lambda: _heads(tmp_path), lambda: _symbols(tmp_path, [])):
+        with pytest.raises(ValueError, match="is damaged .* run the stage that wrote it again"):
+            read()
+
+
+def test_lines_that_a_batch_cannot_hold(corpus: Path, builder: Builder) -> None:
+    spoken, typed = (next(iter(read_manifest(corpus / f"train-{task}.jsonl.gz"))) for task in ("asr", "text"))
+    for lines in ([spoken, typed], [typed, spoken]):
+        with pytest.raises(DataError, match=r"some are typed, some spoken; put typed lines into data\.rehearse"):
+            builder.text(lines)
+    answer = next(iter(read_manifest(corpus / "train-tts.jsonl.gz")))
+    for kind in (builder.voice, builder.flow):
+        with pytest.raises(DataError, match=f"^cut {answer.id}: speech_tokens are missing; minmo tokenize"):
+            kind([answer])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_of_silence_is_named_by_whichever_process_reads_it(
+    corpus: Path, builder: Builder, tmp_path: Path, workers: int
+) -> None:
+    lines = list(read_manifest(corpus / "train-asr.jsonl.gz"))[:2]
+    for n, cut in enumerate(lines):
+        path = tmp_path / f"{n}.flac"
+        soundfile.write(path, np.zeros(round(cut.recording.duration * 16_000)), 16_000)
+        cut.recording.sources[0].source = str(path)
+    from lhotse import CutSet
+
+    manifest = tmp_path / "silent.jsonl"
+    CutSet.from_cuts(lines).to_file(manifest)
+    batches = Batches(builder, "text", Sampler([(read_manifest(manifest), 60.0)], 1, 0, 0, 1), workers)
+    with pytest.raises(DataError, match="recording is silent; leave the line out"):
+        list(batches)
+
+
+def test_tokens_are_made_once_by_one_model(corpus: Path, tmp_path: Path) -> None:
+    plain, out = corpus / "valid-tts.jsonl.gz", tmp_path / "tokens.jsonl"
+    with pytest.raises(ValueError, match="is the manifest that is read: write to another file"):
+        tokenize(plain, plain, "nano")
+    # What another run left is not taken, and a line that has its tokens keeps them.
+    stale = tmp_path / "tokens.jsonl.0123456789ab.shares"
+    stale.mkdir()
+    (stale / "000000.jsonl").write_text('{"stale": 1}\n')
+    assert not tokenize(plain, out, "nano")
+    first = [json.loads(line) for line in out.read_text().splitlines()]
+    assert first and all(line["custom"]["speech_tokens"] for line in first)
+    for line in first:
+        line["custom"]["speech_tokens"] = [1, 2, 3]
+    out.write_text("".join(json.dumps(line) + "\n" for line in first))
+    assert not tokenize(out, tmp_path / "again.jsonl", "nano")
+    assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()] == first
