@@ -51,19 +51,9 @@ def train(
         return show_stages(out)
     if stage != "all" and stage not in STAGES:
         raise ValueError(f"stage must be all or one of {', '.join(STAGES)}, got {stage!r}; see minmo train --list")
-    if stage == "all" and (
-        single := [
-            name
-            for name, given in (
-                ("--dry-run", dry_run),
-                ("--config", config),
-                ("--from", start),
-                ("--skip-bad", skip_bad),
-            )
-            if given
-        ]
-    ):
-        raise ValueError(f"{', '.join(single)} is for one stage: name it")
+    alone = {"--dry-run": dry_run, "--config": config, "--from": start, "--skip-bad": skip_bad}
+    if stage == "all" and any(alone.values()):
+        raise ValueError(f"{', '.join(name for name, given in alone.items() if given)}: for one stage, name it")
     if stage != "all":
         recipe = load_recipe(config or f"{preset}/{stage}")
         if recipe.stage != stage:
