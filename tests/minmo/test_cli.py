@@ -9,7 +9,7 @@ import pytest
 import soundfile
 import soxr
 
-from minmo import cli
+from minmo import cli, weights
 
 QUESTION = resources.files("minmo") / "assets" / "question.wav"
 
@@ -37,13 +37,18 @@ def test_talk_takes_any_sound_file(minmo, tmp_path, rate, channels, subtype):
     samples = soxr.resample(samples, original, rate)
     soundfile.write(tmp_path / "in.wav", np.repeat(samples[:, None], channels, 1), rate, subtype=subtype)
     shown = minmo("talk", tmp_path / "in.wav", "-o", tmp_path / "out.wav", "--max-text-tokens", 2)
-    assert "UNTRAINED" in shown.out and "random weights" in shown.out
     assert "resampler to 16 kHz" in shown.out
     for stage in ("input projector", "prompt prefill", "first text token", "15 speech tokens", "first audio chunk"):
         assert stage in shown.out
     assert "machine:" in shown.out and "backend:" in shown.out
     sound, out_rate = soundfile.read(tmp_path / "out.wav")
     assert out_rate == 24_000 and len(sound) > 0 and np.isfinite(sound).all()
+
+
+def test_random_weights_are_named(minmo, monkeypatch):
+    monkeypatch.setattr(cli.minmo, "load", lambda *given: weights.untrained())
+    shown = minmo("ask", "two plus three", "--max-text-tokens", 2)
+    assert "UNTRAINED" in shown.out and "random weights" in shown.out
 
 
 def test_the_other_commands(minmo, tmp_path):

@@ -13,6 +13,7 @@ import soundfile as sf
 import torch
 
 import minmo
+from minmo import weights
 from minmo.conversation.timings import Timings
 from minmo.conversation.verbs import Reply
 from minmo.data import duplex
@@ -251,6 +252,7 @@ def test_material_is_drawn_by_the_seed_and_says_what_it_lacks(corpus, tmp_path):
 
 @judged
 def test_an_evaluation_runs_and_says_that_the_weights_are_random(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(nano.minmo, "load", lambda name: weights.untrained(name))
     monkeypatch.setattr(listener, "LONGEST", 1)  # random weights speak for as long as they may
     monkeypatch.setattr(Material, "unseen_people", lambda self: {})
     tasks = []
