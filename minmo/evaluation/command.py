@@ -30,7 +30,7 @@ def evaluate(
     from minmo.evaluation.nano import evaluate_nano
     from minmo.evaluation.results import tables
 
-    chosen = () if task == "all" else (task.replace("-", " "),)
+    chosen = () if task == "all" else (task,)
     found = evaluate_nano(
         preset, data, limit, output, tasks=chosen, seed=seed, progress=lambda name: err.print(name, highlight=False)
     )

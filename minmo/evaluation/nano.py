@@ -167,13 +167,13 @@ def _speech_to_speech(run: Run) -> None:
         floor = [judge(_recording(line)) for line in lines]
         for title, heard in ((f"{name}, en", answered), (f"{name}, en, {FLOOR}", floor)):
             score = run.right(lines, _same([line.text for line in lines], heard, forgive=True))
-            run.results.rows.append(Row("speech to speech", title, "right answer understood", score, judge.name))
+            run.results.rows.append(Row("speech-to-speech", title, "right answer understood", score, judge.name))
 
 
 def _turns(run: Run) -> None:
     taken = take_turns(run.listener.model, run.material)
     for measure, score in taken.scores(run.seed).items():
-        run.add("turn taking", "simulated dialogues", measure, score)
+        run.add("turn-taking", "simulated dialogues", measure, score)
 
 
 TASKS: dict[str, Callable[[Run], None]] = {
@@ -182,8 +182,8 @@ TASKS: dict[str, Callable[[Run], None]] = {
     "languages": _languages,
     "translating": _translating,
     "speaking": _speaking,
-    "speech to speech": _speech_to_speech,
-    "turn taking": _turns,
+    "speech-to-speech": _speech_to_speech,
+    "turn-taking": _turns,
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from minmo.data.dialogues import duplex_samples
-from minmo.data.duplex import Sample, position
+from minmo.data.duplex import Sample, f1_at_k, position
 from minmo.data.manifest import describe_skipped, read_manifest
 from minmo.data.schema import events_of
 from minmo.evaluation.material import Material
@@ -42,8 +42,9 @@ class Turns:
 
     def mark(self, name: str, dialogue: str, decision: int | None, event: int | None, k: int) -> None:
         """An open turn's first decision and its event, LLM positions."""
-        hit = decision is not None and event is not None and abs(decision - event) <= k
-        self.marks.setdefault(name, []).append((int(hit), int(decision is not None), int(event is not None)))
+        made, due = ([] if place is None else [place] for place in (decision, event))
+        score = f1_at_k([made], [due], k)
+        self.marks.setdefault(name, []).append((score.hits, score.decisions, score.events))
         self.dialogues.setdefault(name, []).append(dialogue)
 
     def judge(self, name: str, dialogue: str, right: bool) -> None:

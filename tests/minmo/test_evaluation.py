@@ -263,12 +263,12 @@ def test_an_evaluation_runs_and_says_that_the_weights_are_random(corpus, tmp_pat
     assert stored["about"]["trained"] is False and "random" in stored["about"]["weights"]
     assert len(stored["about"]["sha256_of_tensors"]) == 64 and stored["about"]["limit"] == 2
     assert "UNTRAINED" in tables(results)[0].title and tables(results)[0].row_count == len(results.rows)
-    assert {row.task for row in results.rows} == set(nano.TASKS) - {"turn taking"}
+    assert {row.task for row in results.rows} == set(nano.TASKS) - {"turn-taking"}
     assert any("test-duplex" in what for what in results.left_out)
     assert score(results, "hearing", "seen voices, en").n == 2
     # The floor is the original recording, which says other words than the answer in this corpus.
     assert score(results, "speaking", f"held-out sentences, {nano.FLOOR}", "moonshine").value == 2
-    assert score(results, "speech to speech", f"seen voices, en, {nano.FLOOR}", "moonshine").value == 0
+    assert score(results, "speech-to-speech", f"seen voices, en, {nano.FLOOR}", "moonshine").value == 0
 
 
 def score(results, task, material, by="the model", measure=""):
@@ -315,7 +315,7 @@ def test_every_task_scores_its_answers_against_its_own_lines(corpus, monkeypatch
     assert results.confusions["seen voices"]["English"]["English"] == 2
     assert score(results, "translating", "seen voices, from en").value == 1
     assert score(results, "speaking", "held-out sentences", "judge").value == 4
-    assert score(results, "speech to speech", "seen voices, en", "judge").value == 1
+    assert score(results, "speech-to-speech", "seen voices, en", "judge").value == 1
     assert any("test-unseen-qa-en" in what for what in results.left_out)
 
 
