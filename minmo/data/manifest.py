@@ -88,7 +88,7 @@ class Manifest:
 
     def __iter__(self) -> Iterator[Cut]:
         usable, number = 0, 0
-        lines = self._shar() if self.path.is_dir() else self._jsonl()
+        lines = self._shar() if self.path.is_dir() else self._text(self.path)
         for number, line in enumerate(lines, 1):
             try:
                 cut = line if isinstance(line, Cut) else _parsed(line)
@@ -108,12 +108,17 @@ class Manifest:
         if not usable:
             raise DataError(f"{self.path} holds no usable line among its {number}; correct it", "empty manifest")
 
-    def _jsonl(self) -> Iterator[str]:
+    def lines(self) -> int:
+        """How many lines there are, unread and usable or not."""
+        paths = sorted(self.path.glob("cuts.*.jsonl*")) if self.path.is_dir() else [self.path]
+        return sum(1 for path in paths for _ in self._text(path))
+
+    def _text(self, path: Path) -> Iterator[str]:
         try:
-            with open_best(self.path, "r") as file:
+            with open_best(path, "r") as file:
                 yield from file
         except (OSError, EOFError, UnicodeError) as error:
-            raise DataError(f"{self.path} is damaged ({error}); write it again", "damaged manifest") from None
+            raise DataError(f"{path} is damaged ({error}); write it again", "damaged manifest") from None
 
     def _shar(self) -> Iterator[Cut]:
         try:

@@ -95,12 +95,13 @@ class RelativeAttention(nn.Module):
         k, v = torch.where(exists, k, 0.0), torch.where(exists, v, 0.0)
 
         embedded = self.position(relation.table).to(kind).unflatten(1, (self.heads, self.head_dim))
-        content = torch.einsum("bthd,bshd->bhts", q + self.content_bias.to(kind), k)
-        distance = torch.einsum("bthd,rhd->bhtr", q + self.position_bias.to(kind), embedded)
-        index = relation.index[:, None].expand(*distance.shape[:3], -1)
-        scores = (content + distance.gather(3, index)) / math.sqrt(self.head_dim)
-        scores = scores.masked_fill(~relation.see[:, None], torch.finfo(kind).min)
-        out = torch.einsum("bhts,bshd->bthd", scores.softmax(dim=-1), v)
+        with torch.autocast(x.device.type, enabled=False):  # in training, too, attention is fp32
+            content = torch.einsum("bthd,bshd->bhts", q + self.content_bias.to(kind), k)
+            distance = torch.einsum("bthd,rhd->bhtr", q + self.position_bias.to(kind), embedded)
+            index = relation.index[:, None].expand(*distance.shape[:3], -1)
+            scores = (content + distance.gather(3, index)) / math.sqrt(self.head_dim)
+            scores = scores.masked_fill(~relation.see[:, None], torch.finfo(kind).min)
+            out = torch.einsum("bhts,bshd->bthd", scores.softmax(dim=-1), v)
         return self.out(out.flatten(2).to(x.dtype))
 
 

@@ -180,7 +180,7 @@ class _Run:
         sums = torch.zeros(len(self.names), dtype=torch.float64, device=here.device)
         for index, (batch, _) in enumerate(micro):
             self._seed(step, index)
-            with torch.autocast(here.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            with self._precision():
                 losses = objective(objective.to_device(batch, here.device))
             total = torch.stack([share[name] * losses[name].float() for name in self.names]).sum()
             if not total.requires_grad:
@@ -228,7 +228,7 @@ class _Run:
         if validate is None and samples is None:
             return None
         self.objective.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self._precision():  # parameters are gathered as they are in training
             self._seed(step, "validate")
             scores = self.here.of_first(validate() if validate else {"score": math.inf})
             self._seed(step, "samples")
@@ -243,6 +243,9 @@ class _Run:
         best = self.checkpoints.best
         better = math.isfinite(scores["score"]) and (best is None or scores["score"] < best.score)
         return scores["score"] if better else None
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.here.device.type, torch.bfloat16, enabled=self.settings.precision == "bf16")
 
     def _training_mode(self) -> None:
         """Frozen parts run as they do at inference."""

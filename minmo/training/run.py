@@ -8,9 +8,7 @@ OUT/heads.pt       parts of the objective that are training's own, for a later s
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import operator
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lhotse import CutSet
 
 from minmo import weights
 from minmo.config import load_config
@@ -93,13 +92,13 @@ def run(
         def batches(parts: Sequence[tuple[Any, float]], builder: Builder, seed: int, workers: int) -> Batches:
             return Batches(builder, kind, Sampler(parts, d.buckets, seed, here.rank, here.world), workers)
 
-        lessons = [(_joined(train), d.max_seconds)]
+        lessons = [(joined(train), d.max_seconds)]
         if d.rehearse is not None:
-            lessons.append((_joined(rehearsed), d.rehearse.max_seconds))
+            lessons.append((joined(rehearsed), d.rehearse.max_seconds))
         loader = batches(lessons, builder, settings.seed, d.workers)
         checker = None
         if valid:
-            exam = [(_joined(valid), d.max_seconds)]
+            exam = [(joined(valid), d.max_seconds)]
             checker = lambda: _validate(objective, batches(exam, plain, 0, 0), here.sum, here.device)  # noqa: E731
         spread = dataclasses.replace(settings, shard=settings.shard or here.world > 1)
         result = fit(objective, loader, spread, out / "checkpoints", validate=checker)
@@ -165,8 +164,12 @@ def export(objective: Objective, model: MinMo, folder: Path) -> None:
     part.rename(folder)
 
 
-def _joined(manifests: Sequence[Any]) -> Any:
-    return functools.reduce(operator.add, manifests)
+def joined(manifests: Sequence[CutSet]) -> CutSet:
+    """Lines of all manifests, each drawn as often as it is long: the sampler shuffles within a window only, so of
+    manifests one after the other the last would be all that is learnt at the end."""
+    if len(manifests) == 1:
+        return manifests[0]
+    return CutSet.mux(*manifests, weights=[manifest.data.lines() for manifest in manifests], seed=0)
 
 
 def _symbols(start: Path, manifests: Sequence[Any]) -> Symbols:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 
 pytest.importorskip("lhotse")
 
+from lhotse import CutSet
+
 from minmo import load
 from minmo.data.manifest import read_manifest
 from minmo.data.nano.smoke import build
@@ -20,8 +23,9 @@ from minmo.training.batches import Builder
 from minmo.training.loader import Sampler
 from minmo.training.objectives.recognition import Symbols
 from minmo.training.objectives.text import TextObjective
-from minmo.training.recipe import load_recipe
-from minmo.training.run import KINDS, make_objective
+from minmo.training.pipeline import smoked
+from minmo.training.recipe import load_recipe, recipes
+from minmo.training.run import KINDS, joined, make_objective, run
 from minmo.training.stages import STAGES
 from minmo.training.tokenize import tokenize
 
@@ -104,6 +108,23 @@ def test_a_stage_learns_one_batch(name: str, corpus: Path) -> None:
     assert mean(objective, batch).item() < 0.6 * first
 
 
+@pytest.mark.parametrize("name", [name for name in recipes() if name.startswith("minmo-8b/")])
+def test_a_stage_runs_as_the_large_recipe_does(name: str, corpus: Path, tmp_path: Path) -> None:
+    """Shards, bfloat16 and activation checkpoints in steps, validation and export."""
+    loop = load_recipe(name).loop
+    how = {key: getattr(loop, key) for key in ("precision", "shard", "checkpoint_activations", "compile")}
+    recipe = smoked(load_recipe(f"nano/{name.split('/')[1]}"))
+    valid = recipe.data.train if recipe.stage != "duplex" else recipe.data.valid
+    recipe = dataclasses.replace(
+        recipe,
+        loop=dataclasses.replace(recipe.loop, **how, steps=1, accumulate=1, validate_every=1, save_every=1),
+        data=dataclasses.replace(recipe.data, valid=valid),  # of speech tokens, the corpus has those of training alone
+    )
+    result = run(recipe, "nano", corpus, tmp_path / "run")
+    assert result.score is not None and math.isfinite(result.score) and not result.skipped
+    assert load(tmp_path / "run" / "model").trained
+
+
 def test_speech_is_counted_as_the_decoder_targets_it(corpus: Path) -> None:
     for name in ("voice-lm", "s2s"):
         objective, batch = stage_and_batch(name, corpus)
@@ -155,6 +176,18 @@ def test_a_manifest_of_fewer_lines_than_buckets_is_read_whole(corpus: Path) -> N
     assert [len(cuts) for _, cuts in Sampler([(lines, 30.0)], 4, 0, 0, 1)] == [1]
     lines = read_manifest(corpus / "valid-s2s.jsonl.gz")
     assert sum(len(cuts) for _, cuts in Sampler([(lines, 30.0)], 100, 0, 0, 1)) == len(list(lines))
+
+
+def test_lines_of_several_manifests_are_mixed_to_the_end(corpus: Path, tmp_path: Path) -> None:
+    line = next(iter(read_manifest(corpus / "train-text.jsonl.gz")))
+    manifests = []
+    for name, count in (("few", 100), ("many", 400)):
+        CutSet.from_cuts(line.with_id(f"{name}-{n}") for n in range(count)).to_file(tmp_path / f"{name}.jsonl")
+        manifests.append(read_manifest(tmp_path / f"{name}.jsonl"))
+    ids = [cut.id for cut in joined(manifests)]
+    assert len(ids) == len(set(ids)) == 500
+    for tenth in range(10):
+        assert 2 <= sum(i.startswith("few") for i in ids[50 * tenth :][:50]) <= 22
 
 
 def test_what_is_rehearsed_comes_in_turn(corpus: Path) -> None:

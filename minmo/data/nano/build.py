@@ -15,7 +15,8 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -29,17 +30,26 @@ from minmo.config import SAMPLE_RATE
 from minmo.data.nano import human
 from minmo.data.nano.sentences import SMALL_TALK, Sentence, draw, typed
 from minmo.data.nano.voices import ASSISTANT, VOICES, SynthesisError, Voice, missing_packages, synthesise
-from minmo.data.numbers import LANGUAGES
+from minmo.data.nano_tokenizer import OPERATIONS
+from minmo.data.numbers import LANGUAGES, number_words
+from minmo.data.utterances import voiced
 from minmo.tokenizer.text import LANGUAGE
 
 ASSISTANT_RATE = 24_000
-SENTENCES = {"en": 9000, "es": 1500, "fr": 1500, "it": 1500, "ru": 1500}
+SENTENCES = {"en": 14000, "es": 4500, "fr": 4500, "it": 4500, "ru": 4500}
+JOINED = {"en": 4000, "es": 1000, "fr": 1000, "it": 1000, "ru": 1000}
+"""Sentences whose words are spoken one by one, as people read numbers out and as telephone systems join prompts."""
+GAPS = 0.0, 0.35
+"""Seconds between such words."""
 ANSWERS = 5000
 """Different sentences that the assistant says."""
 TYPED = 4000
 """Drawn English sentences for the LLM's first reading; a quarter as many of each other language."""
-MIXED = 5000
+MIXED = 12000
 """Lines of translation, and of language identification, beside transcripts and answers."""
+PEOPLE = 5
+"""Lines of training for each recording of a person: they are few among synthetic voices, and each line is augmented
+anew."""
 TESTS = 30
 """Held-out sentences of each voice."""
 SLOW = {"rhvoice": 0.6, "festival": 0.4}
@@ -52,17 +62,18 @@ VALID = 40
 
 @dataclass(frozen=True)
 class Utterance:
-    """A sentence said by a voice; speed and pitch: 1 = the voice's own."""
+    """A sentence said by a voice; speed and pitch: 1 = the voice's own; joined: its words spoken one by one."""
 
     text: str
     voice: Voice
     rate: int
     speed: float = 1.0
     pitch: float = 1.0
+    joined: bool = False
 
     @property
     def id(self) -> str:
-        key = f"{self.voice.id}|{self.speed:.3f}|{self.pitch:.3f}|{self.rate}|{self.text}"
+        key = f"{self.voice.id}|{self.speed:.3f}|{self.pitch:.3f}|{self.rate}|{self.text}" + "|joined" * self.joined
         return f"{self.voice.id}-{hashlib.sha1(key.encode()).hexdigest()[:12]}"
 
 
@@ -91,6 +102,10 @@ def plan(scale: float = 1.0, seed: int = 0) -> Corpus:
             voice = rng.choices(seen, weights)[0]
             part = "valid" if rng.randrange(VALID) == 0 else "train"
             corpus.users[part].append((sentence, _varied(sentence.said, voice, rng)))
+        for sentence in _wordwise(language, round(JOINED[language] * scale), seed + 3):
+            voice, pitch = rng.choices(seen, weights)[0], round(rng.choice((0.9, 1.0, 1.1)), 1)
+            said = Utterance(sentence.said, voice, SAMPLE_RATE, pitch=pitch, joined=True)
+            corpus.users["train"].append((sentence, said))
         tests = [s for s in draw(language, 40 * count, seed + 1) if s.held_out]
         for voice in voices:
             for sentence in rng.sample(tests, min(len(tests), max(1, round(TESTS * scale)))):
@@ -106,6 +121,14 @@ def plan(scale: float = 1.0, seed: int = 0) -> Corpus:
     speakers = [v for v in VOICES if v.language == "en"]
     corpus.backchannels = [Utterance(text, voice, SAMPLE_RATE) for voice in speakers for text in BACKCHANNELS]
     return corpus
+
+
+def _wordwise(language: str, count: int, seed: int) -> list[Sentence]:
+    """Numbers and sums of two words and more, without held-out ones."""
+    words = {w for n in range(101) for w in number_words(n, language).split()}
+    words |= {w for operation in OPERATIONS[language][:4] for w in operation.split()}
+    drawn = (s for s in draw(language, 10 * count, seed) if not s.held_out and len(s.said.split()) > 1)
+    return list(islice((s for s in drawn if words.issuperset(s.said.split())), count))
 
 
 def build(out: Path, scale: float = 1.0, seed: int = 0, jobs: int = 2) -> dict[str, Any]:
@@ -124,7 +147,11 @@ def build(out: Path, scale: float = 1.0, seed: int = 0, jobs: int = 2) -> dict[s
     corpus = plan(scale, seed)
     users = [utterance for part in corpus.users.values() for _, utterance in part]
     spoken = {u.id: u for u in [*users, *corpus.answers.values(), *corpus.backchannels]}
-    _in_parallel(lambda u: _speak(u, out), list(spoken.values()), jobs, "speaking")
+    joined = [u for u in spoken.values() if u.joined]
+    words = {word.id: word for u in joined for word in _words(u)}
+    whole = [u for u in spoken.values() if not u.joined]
+    _in_parallel(lambda u: _speak(u, out), list({**words, **{u.id: u for u in whole}}.values()), jobs, "speaking")
+    _in_parallel(lambda u: _join(u, out), joined, jobs, "joining")
     people = human.prompts()
     _in_parallel(lambda p: _record(p, out), people, jobs, "people")
     manifests = _manifests(corpus, people, out)
@@ -157,6 +184,23 @@ def _speak(utterance: Utterance, out: Path) -> None:
     if not path.is_file():
         sound, rate = synthesise(utterance.voice, utterance.text, utterance.speed, utterance.pitch)
         _keep(soxr.resample(sound, rate, utterance.rate), utterance.rate, path)
+
+
+def _words(utterance: Utterance) -> list[Utterance]:
+    return [replace(utterance, text=word, joined=False) for word in utterance.text.split()]
+
+
+def _join(utterance: Utterance, out: Path) -> None:
+    """Its words, without the silence around them, one after the other with pauses drawn from its id."""
+    path = _path(utterance, out)
+    if path.is_file():
+        return
+    rng, pieces = random.Random(utterance.id), []
+    for word in _words(utterance):
+        sound, _ = sf.read(_path(word, out), dtype="float32")
+        start, end = voiced(sound)
+        pieces += [sound[start:end], np.zeros(round(rng.uniform(*GAPS) * utterance.rate), np.float32)]
+    _keep(np.concatenate(pieces[:-1]), utterance.rate, path)
 
 
 def _person(prompt: human.Prompt, out: Path) -> Path:
@@ -220,10 +264,9 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
             add(f"test-people-digits-{prompt.language}", _cut(recording, name, task="asr", text=prompt.text, **by))
         elif not prompt.name.startswith(human.TESTS_ONLY) and human.SHORTEST <= recording.duration <= human.LONGEST:
             label = {"instruction": LANGUAGE, "text": LANGUAGES[prompt.language]}
-            add(
-                "test-people-lid" if prompt.test else "train-lid",
-                _cut(recording, f"{name}-lid", task="lid", **label, **by),
-            )
+            for copy in range(1 if prompt.test else PEOPLE):
+                cut = _cut(recording, f"{name}-lid" + f"-{copy}" * (copy > 0), task="lid", **label, **by)
+                add("test-people-lid" if prompt.test else "train-lid", cut)
     rng = random.Random(0)
     for part, most in (("train", MIXED), ("valid", MIXED // VALID)):
         for task in ("s2tt", "lid"):
@@ -273,5 +316,6 @@ def _write(cuts: Iterable[Any], path: Path) -> tuple[int, float]:
     kept = list({cut.id: cut for cut in cuts}.values())
     for cut in kept:
         validate(cut)  # a line that training refuses would stop it, hours into it
+    random.Random(path.name).shuffle(kept)  # training shuffles within a window of lines only
     CutSet.from_cuts(kept).to_file(path)
     return len(kept), sum(cut.duration for cut in kept)

@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minmo.data.duplex import Score, f1_at_k
-from minmo.model import MinMo
 from minmo.modules.duplex import BARGE_IN, TURN_TAKING
 from minmo.state import Lengths, take
-from minmo.training.contract import Objective
+from minmo.training.objectives import ModelObjective
 
 THRESHOLD = 0.5
 """Probability from which on a position decides, in validation."""
@@ -50,7 +49,7 @@ class DuplexBatch:
         return {"turn_taking": (TURN_TAKING, self.turn_taking), "barge_in": (BARGE_IN, self.barge_in)}
 
 
-class DuplexObjective(Objective):
+class DuplexObjective(ModelObjective):
     """Cross entropies of the two decisions; validation also scores them as F1@K.
 
     The classes are not weighted, so a threshold of 0.5 keeps its meaning: of nano's supervised positions, 16 % are
@@ -61,10 +60,6 @@ class DuplexObjective(Objective):
     tallied = tuple(
         f"{name}/{k}/{part}" for name in weights for k in SCORED for part in ("hits", "decisions", "events")
     )
-
-    def __init__(self, model: MinMo) -> None:
-        super().__init__()
-        self.model = model
 
     def counts(self, batch: DuplexBatch) -> dict[str, float]:
         return {name: float((labels >= 0).sum()) for name, (_, labels) in batch.labels().items()}
