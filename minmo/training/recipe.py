@@ -61,8 +61,8 @@ def _check_seconds(seconds: float) -> None:
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What an earlier stage learned and this one must not forget: its batches come in turn with the stage's own, so
-    that with `loop.accumulate: 2` a step takes one of each."""
+    """What an earlier stage learned and this one must not forget: its batches come in turn with the stage's own, and
+    `loop.accumulate` is even, so that a step takes as many of each."""
 
     train: tuple[str, ...]
     max_seconds: float
@@ -154,6 +154,11 @@ class Recipe:
                 raise ValueError(f"{name} belongs to {where}, remove it")
             if needed and not given:
                 raise ValueError(f"lacks the field {name!r}")
+        if self.data.rehearse is not None and self.loop.accumulate % 2:
+            raise ValueError(
+                "data.rehearse gives every second batch, and losses of steps must be comparable: "
+                "set loop.accumulate to 2, so that every step takes one of each"
+            )
         if self.chunks is not None and min(self.chunks) < 0:
             raise ValueError(f"chunks must be numbers of frames, 0 for all, got {list(self.chunks)}")
         if self.bistream_share is not None and not 0 <= self.bistream_share <= 1:

@@ -97,6 +97,11 @@ def test_every_setting_of_minmo_8b_says_where_it_comes_from(stage):
         ("quoted: false", "quoted: no", r"corpora\[0\].quoted must be true or false, got 'no'"),
         ("task: text", "task: asr", r"corpora\[0\].task must be one of text in text-lm, got 'asr'"),
         ("samples: 3600, ", "", r"corpora\[0\]: needs either hours or samples"),
+        (
+            "}\nloop: {steps: 500, lr: 1e-3, accumulate: 2,",
+            ", rehearse: {train: [b.jsonl], max_seconds: 9}}\nloop: {steps: 500, lr: 1e-3,",
+            "set loop.accumulate to 2",
+        ),
         ("samples: 3600", "samples: 0", r"corpora\[0\]: hours or samples must be positive"),
         ("stage:", "chunks: [2, 0]\nstage:", "chunks belongs to the stage encoder or full-align, remove it"),
         ("stage: text-lm", "stage: text-lm\nlora: {rank: 1, alpha: 1, dropout: 0, targets: [q]}", "lora belongs to"),

@@ -117,7 +117,7 @@ def test_a_stage_runs_as_the_large_recipe_does(name: str, corpus: Path, tmp_path
     valid = recipe.data.train if recipe.stage != "duplex" else recipe.data.valid
     recipe = dataclasses.replace(
         recipe,
-        loop=dataclasses.replace(recipe.loop, **how, steps=1, accumulate=1, validate_every=1, save_every=1),
+        loop=dataclasses.replace(recipe.loop, **how, steps=1, validate_every=1, save_every=1),
         data=dataclasses.replace(recipe.data, valid=valid),  # of speech tokens, the corpus has those of training alone
     )
     result = run(recipe, "nano", corpus, tmp_path / "run")
