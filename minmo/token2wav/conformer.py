@@ -7,6 +7,7 @@ of relative-position attention and MLP, nearest x2 upsampling with a causal conv
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -95,7 +96,7 @@ class RelativeAttention(nn.Module):
         k, v = torch.where(exists, k, 0.0), torch.where(exists, v, 0.0)
 
         embedded = self.position(relation.table).to(kind).unflatten(1, (self.heads, self.head_dim))
-        with torch.autocast(x.device.type, enabled=False):  # in training, too, attention is fp32
+        with _uncast(x.device.type):  # in training, too, attention is fp32
             content = torch.einsum("bthd,bshd->bhts", q + self.content_bias.to(kind), k)
             distance = torch.einsum("bthd,rhd->bhtr", q + self.position_bias.to(kind), embedded)
             index = relation.index[:, None].expand(*distance.shape[:3], -1)
@@ -103,6 +104,11 @@ class RelativeAttention(nn.Module):
             scores = scores.masked_fill(~relation.see[:, None], torch.finfo(kind).min)
             out = torch.einsum("bhts,bshd->bthd", scores.softmax(dim=-1), v)
         return self.out(out.flatten(2).to(x.dtype))
+
+
+def _uncast(device: str) -> AbstractContextManager[object]:
+    """Autocast off, on the devices that have one: the meta device, where a step's capture is checked, has none."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 class ConformerBlock(nn.Module):
