@@ -26,8 +26,8 @@ bench: .venv/bench.installed
 NANO ?= nano
 nano: .venv/dev.installed
 	.venv/bin/minmo data nano $(NANO)/corpus
-	OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 -m minmo.training all --preset nano --data $(NANO)/corpus -o $(NANO)
-	.venv/bin/minmo evaluate all --preset $$(ls -d $(NANO)/*/model | tail -1) --data $(NANO)/corpus -o $(NANO)/scores.json
+	.venv/bin/minmo train all --preset nano --jobs 2 --data $(NANO)/corpus -o $(NANO)
+	.venv/bin/minmo evaluate all --preset $(NANO)/model --data $(NANO)/corpus -o $(NANO)/scores.json
 
 # On a machine with a GPU, with its own Python and packages: make gpu STAGE=test|tune|bench|steps|sanitize RESULTS=folder
 gpu:

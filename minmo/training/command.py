@@ -16,7 +16,7 @@ out = Console()
 NEEDED = ("lhotse", "torchdata", "tensorboard", "yaml", "matplotlib")
 data_app = typer.Typer(no_args_is_help=True, help="Corpora and what a line of data is.")
 
-StageName = Annotated[str, typer.Argument(help="A stage of --list, or all of them one after the other.")]
+StageName = Annotated[str, typer.Argument(help="A stage of --list, or all of them.")]
 Folder = Annotated[Path, typer.Argument(help="Where to write.")]
 Jobs = Annotated[int, typer.Option(min=1, help="Processes at work.")]
 
@@ -39,7 +39,7 @@ def train(
     dry_run: Annotated[bool, typer.Option(help="Show sizes, memory and steps; nothing is trained.")] = False,
     smoke: Annotated[bool, typer.Option(help="A few steps of each stage, on two recordings if no --data.")] = False,
     skip_bad: Annotated[bool, typer.Option(help="Leave out lines that cannot be used, and count them.")] = False,
-    jobs: Jobs = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Of all: stages that run side by side, sharing the cores.")] = 1,
 ) -> None:
     """Trains one stage or all; a run that was stopped goes on from its last checkpoint."""
     _need_packages()

@@ -44,13 +44,11 @@ KINDS = {
 """The kind of batch of each stage (a method of `Builder`); all others take text."""
 
 
-def run(
-    recipe: Recipe, start: str | Path, data: Path, out: Path, *, tokens: Path | None = None, skip_bad: bool = False
-) -> Result:
+def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad: bool = False) -> Result:
     """Trains one stage, or goes on with it.
 
-    start: a preset or a model's folder. data: what manifests are relative to; tokens: where those with speech tokens
-    lie, where that is another folder. skip_bad: leave lines out that cannot be used, and count them.
+    start: a preset or a model's folder. data: what manifests are relative to. skip_bad: leave lines out that
+    cannot be used, and count them.
 
     Raises what `minmo.load`, `read_manifest` and `fit` raise, each with its fix.
     """
@@ -66,11 +64,10 @@ def run(
         raise ValueError(f"{start} has no tokenizer.json; every stage needs its layout of a turn")
     stage, settings = recipe.as_run(), recipe.loop
     left: Counter[str] = Counter()
-    folder = tokens if tokens is not None and KINDS.get(stage.name) in ("flow", "voice") else data
     d = recipe.data
     on_error = "skip" if skip_bad else "stop"
     train, valid, rehearsed = (
-        [read_manifest(folder / path, on_error=on_error, skipped=left, tasks=stage.tasks) for path in paths or ()]
+        [read_manifest(data / path, on_error=on_error, skipped=left, tasks=stage.tasks) for path in paths or ()]
         for paths in (d.train, d.valid, d.rehearse and d.rehearse.train)
     )
     if not train:

@@ -28,6 +28,8 @@ class Stage:
     paper: bool = True
     whole: tuple[str, ...] = ()
     """As `trains`, under a recipe's `trainable: full`."""
+    after: tuple[str, ...] = ()
+    """Stages on whose parts it builds, when a model is trained from nothing."""
 
 
 OWN = "this project"
@@ -47,10 +49,12 @@ STAGES: dict[str, Stage] = {
             "speech-tokenizer", ("speech_tokenizer.",), ("word_ctc", "character_ctc", "mel"), ("asr", "tts"),
             "speech tokens from which a recogniser still hears the words (supervised FSQ)",
             "CosyVoice 2 (arXiv 2412.10117)", paper=False,
+            after=("encoder",),
         ),
         Stage(
             "flow", ("flow.",), ("flow",), ("tts",),
             "speech tokens to mel frames by flow matching, streamed and whole", "CosyVoice 2", paper=False,
+            after=("speech-tokenizer",),
         ),
         Stage(
             "vocoder", ("vocoder.",), ("spectrum", "mel", "pitch"), ("tts",),
@@ -59,35 +63,43 @@ STAGES: dict[str, Stage] = {
         Stage(
             "voice-lm", ("voice_decoder.",), ("speech",), ("tts",),
             "text to speech tokens: half in blocks of 5:15, half at once", "CosyVoice 2", paper=False,
+            after=("text-lm", "speech-tokenizer"),
         ),
         Stage(
             "pre-align", ("projector.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa"),
             "the projector speaks the LLM's language", "paper 3.4, stage 1",
+            after=("text-lm", "encoder"),
         ),
         Stage(
             "full-align", ("projector.", "encoder."), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa"),
             "encoder and projector together, at drawn chunk sizes", "paper 3.4, stage 1",
+            after=("pre-align",),
         ),
         Stage(
             "sft", ("llm.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa", "text"),
             "the LLM follows spoken instructions: LoRA on its queries and values, or all that hears and reads",
             "paper 3.4, stage 1", whole=("llm.", "projector.", "encoder."),
+            after=("full-align",),
         ),
         Stage(
             "t2s-projector", ("voice_decoder.output_projector.",), ("speech",), ("tts",),
             "the output projector alone", "paper 3.4, stage 2",
+            after=("sft", "voice-lm"),
         ),
         Stage(
             "t2s", ("voice_decoder.",), ("speech",), ("tts", "instruct-tts"),
             "output projector and voice token LM", "paper 3.4, stage 2",
+            after=("t2s-projector",),
         ),
         Stage(
             "s2s", ("voice_decoder.",), ("speech",), ("s2s",),
             "the same two, on spoken turns: the query embeddings tell how to speak", "paper 3.4, stage 3",
+            after=("t2s",),
         ),
         Stage(
             "duplex", ("duplex.",), ("turn_taking", "barge_in"), ("duplex",),
             "when to speak and when to stop", "paper 3.4, stage 4",
+            after=("sft",),
         ),
     )
 }  # fmt: skip

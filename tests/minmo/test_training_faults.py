@@ -21,8 +21,10 @@ from minmo.data.schema import DataError
 from minmo.training import pipeline
 from minmo.training.batches import Builder
 from minmo.training.loader import Batches, Sampler
+from minmo.training.parallel import processes
 from minmo.training.recipe import load_recipe, recipes
 from minmo.training.run import _heads, _symbols, run
+from minmo.training.settings import TrainingError
 from minmo.training.tokenize import tokenize
 
 
@@ -41,22 +43,28 @@ def builder() -> Builder:
 
 
 def test_all_stages_are_one_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[tuple[str, str]] = []
+    done: list[str] = []
 
-    def stage(recipe: Any, start: Any, data: Path, out: Path, tokens: Path) -> None:
-        done.append((recipe.stage, Path(start).parent.name))
-        (out / ("model" if len(done) != 3 else "model.tmp")).mkdir(parents=True)
+    def stage(recipe: Any, start: Path, data: Path, out: Path) -> None:
+        """Adds one to the first number of everything that the stage trains."""
+        done.append(recipe.stage)
         if len(done) == 3:
+            (out / "model.tmp").mkdir()
             raise KeyboardInterrupt  # in the middle of writing the model
+        model = weights.load(start, device="cpu")
+        for name, tensor in model.state_dict().items():
+            if name.startswith(recipe.as_run().trains):
+                tensor.view(-1)[0] += 1
+        weights.save(model, out / "model")
 
     monkeypatch.setattr(pipeline, "run", stage)
-    monkeypatch.setattr(pipeline, "_with_tokens", lambda *args: None)
+    monkeypatch.setattr(pipeline, "tokenize", lambda *args, **options: None)
     names = [name.split("/")[1] for name in recipes() if name.startswith("nano/")]
     with pytest.raises(KeyboardInterrupt):
         pipeline.run_all("nano", corpus, tmp_path, smoke=True)
-    assert done == [(names[0], "00-random"), (names[1], f"01-{names[0]}"), (names[2], f"02-{names[1]}")]
-    untrained = weights.load(tmp_path / "00-random" / "model", device="cpu")
-    assert all(map(torch.equal, untrained.state_dict().values(), weights.untrained().state_dict().values()))
+    assert done == names[:3]
+    untrained = weights.load(tmp_path / "00-random" / "model", device="cpu").state_dict()
+    assert all(map(torch.equal, untrained.values(), weights.untrained().state_dict().values()))
 
     for other in ({"data": corpus.parent}, {"smoke": False}):
         given = {"data": corpus, "smoke": True} | other
@@ -65,7 +73,43 @@ def test_all_stages_are_one_run(corpus: Path, tmp_path: Path, monkeypatch: pytes
         ):
             pipeline.run_all("nano", out=tmp_path, **given)
     last = pipeline.run_all("nano", corpus, tmp_path, smoke=True)
-    assert [stage for stage, _ in done[3:]] == names[2:] and last == tmp_path / f"{len(names)}-{names[-1]}" / "model"
+    assert done[3:] == names[2:] and last == tmp_path / "model"
+
+    def touched(folder: Path) -> dict[str, int]:
+        """By how much the first number of each part's first tensor grew."""
+        grown = {
+            k.split(".")[0]: round(float(v.view(-1)[0] - untrained[k].view(-1)[0]))
+            for k, v in reversed(weights.load(folder, device="cpu").state_dict().items())
+        }
+        return {part: times for part, times in grown.items() if times}
+
+    # Every stage starts from the parts on which it builds, whatever ran before it.
+    assert touched(tmp_path / "05-vocoder" / "start") == {}
+    assert touched(tmp_path / "04-flow" / "start") == {"encoder": 1, "speech_tokenizer": 1}
+    assert touched(tmp_path / "13-duplex" / "start") == {"llm": 2, "encoder": 3, "projector": 3}
+    assert touched(last) == {
+        "llm": 2, "encoder": 3, "projector": 3, "voice_decoder": 4, "duplex": 1, "speech_tokenizer": 1, "flow": 1,
+        "vocoder": 1,
+    }  # fmt: skip
+
+
+def test_stages_side_by_side_are_those_one_after_the_other(corpus: Path, tmp_path: Path) -> None:
+    """Two stages of their own processes, the second of which fails and then goes on."""
+    with processes() as here:
+        plans = {s: pipeline.smoked(load_recipe(f"nano/{s}")) for s in ("text-lm", "encoder", "speech-tokenizer")}
+        alone, beside = (pipeline._Pipeline(dict(plans), corpus, tmp_path / name, here) for name in ("a", "b"))
+        for own in (alone, beside):
+            own.begin("nano")
+        alone.in_turn()
+        (beside.folder("speech-tokenizer") / "checkpoints").parent.mkdir()
+        (beside.folder("speech-tokenizer") / "checkpoints").write_text("in the way")
+        with pytest.raises(TrainingError, match="speech-tokenizer failed: .*checkpoints.*start again to go on"):
+            beside.side_by_side(2, smoke=True)
+        (beside.folder("speech-tokenizer") / "checkpoints").unlink()
+        beside.side_by_side(2, smoke=True)
+    for stage in plans:
+        one, other = (weights.load(own.folder(stage) / "model", device="cpu") for own in (alone, beside))
+        assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
 
 
 def test_a_stage_says_what_it_cannot_start_from(corpus: Path, tmp_path: Path) -> None:

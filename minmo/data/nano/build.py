@@ -41,7 +41,7 @@ JOINED = {"en": 4000, "es": 1000, "fr": 1000, "it": 1000, "ru": 1000}
 """Sentences whose words are spoken one by one, as people read numbers out and as telephone systems join prompts."""
 GAPS = 0.0, 0.35
 """Seconds between such words."""
-ANSWERS = 5000
+ANSWERS = 9000
 """Different sentences that the assistant says."""
 TYPED = 4000
 """Drawn English sentences for the LLM's first reading; a quarter as many of each other language."""
