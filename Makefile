@@ -27,7 +27,8 @@ NANO ?= nano
 nano: .venv/dev.installed
 	.venv/bin/minmo data nano $(NANO)/corpus
 	.venv/bin/minmo train all --preset nano --jobs 2 --data $(NANO)/corpus -o $(NANO)
-	.venv/bin/minmo evaluate all --preset $(NANO)/model --data $(NANO)/corpus -o $(NANO)/scores.json
+	test -d $(NANO)/float16 || .venv/bin/minmo export $(NANO)/model -o $(NANO)/float16
+	.venv/bin/minmo evaluate all --preset $(NANO)/float16 --data $(NANO)/corpus -o $(NANO)/scores.json
 
 # On a machine with a GPU, with its own Python and packages: make gpu STAGE=test|tune|bench|steps|sanitize RESULTS=folder
 gpu:

@@ -1,4 +1,4 @@
-"""`minmo`: talk, transcribe, translate, ask, say, info, profile, doctor, train, tokenize, evaluate, data."""
+"""`minmo`: talk, transcribe, translate, ask, say, info, export, profile, doctor, train, tokenize, evaluate, data."""
 
 from __future__ import annotations
 
@@ -304,6 +304,23 @@ def _check_folder(folder: Path) -> None:
         (folder / "profile.json").write_text("{}\n")
     except OSError as error:
         raise ValueError(f"{folder}: {error.strerror}; give -o a folder that can be written") from None
+
+
+@app.command()
+def export(
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder that is not there yet.")],
+    preset: Annotated[str, typer.Argument(help="A preset, or a checkpoint directory.")] = "nano",
+    dtype: Dtype = "float16",
+) -> None:
+    """Writes a model in another dtype: config.json, model.safetensors, tokenizer.json."""
+    if output.exists():
+        raise ValueError(f"{output} is there already: name a new folder, so that no model is overwritten")
+    model = minmo.load(preset, "cpu", dtype)
+    part = output.with_name(f"{output.name}.tmp")
+    minmo.save(model, part)
+    part.rename(output)
+    size = sum(file.stat().st_size for file in output.iterdir()) / 1e6
+    out.print(f"written: {output} ({size:.1f} MB, {model.provenance})", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -161,13 +161,21 @@ def _speaking(run: Run) -> None:
 
 def _speech_to_speech(run: Run) -> None:
     judge = run.judges[0]
+    arithmetic = {answer(problem, result) for problem, result in facts()}
     for part, name in PARTS.items():
         lines = run.material.lines(f"{part}-s2s", _english_numbers)
         answered = [judge(sound_of(reply)) for reply in run.listener.answers(lines, speak=True)]
         floor = [judge(_recording(line)) for line in lines]
+        texts = [line.text for line in lines]
+        sums = [text in arithmetic for text in texts]
         for title, heard in ((f"{name}, en", answered), (f"{name}, en, {FLOOR}", floor)):
-            score = run.right(lines, _same([line.text for line in lines], heard, forgive=True))
-            run.results.rows.append(Row("speech-to-speech", title, "right answer understood", score, judge.name))
+            words, result = _same(texts, heard, forgive=True), _results_alike(texts, heard)
+            for measure, right, given in (
+                ("right answer understood, every word", words, None),
+                ("right result understood, arithmetic", result, sums),
+            ):
+                score = run.right(lines, right, given)
+                run.results.rows.append(Row("speech-to-speech", title, measure, score, judge.name))
 
 
 def _turns(run: Run) -> None:
@@ -215,6 +223,16 @@ def _words(texts: Sequence[str], forgive: bool = False) -> list[list[str]]:
 
 def _same(texts: Sequence[str], heard: Sequence[str], forgive: bool = False) -> list[bool]:
     return [a == b for a, b in zip(_words(texts, forgive), _words(heard, forgive), strict=True)]
+
+
+def _results_alike(texts: Sequence[str], heard: Sequence[str]) -> list[bool]:
+    """Whether what was heard after the last "is" are the words that the text has there, homophones forgiven."""
+
+    def result(words: list[str]) -> list[str]:
+        return words[len(words) - words[::-1].index("is") :] if "is" in words else []
+
+    pairs = zip(_words(texts, forgive=True), _words(heard, forgive=True), strict=True)
+    return [result(text) == result(words) for text, words in pairs]
 
 
 def _recording(line: Line) -> Sound:

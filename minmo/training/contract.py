@@ -41,6 +41,11 @@ class Objective(nn.Module, ABC):
         """What validation reports besides the losses, from the sums of `tally` over all of its batches."""
         return {}
 
+    def sound(self, batch: Any) -> dict[str, Tensor]:
+        """What a validation batch, on the device, lets hear, by name: (samples,) at 24 kHz; nothing where there is no
+        sound to judge a stage by."""
+        return {}
+
     def to_device(self, batch: Any, device: torch.device) -> Any:
         """The micro-batch on the device: a tensor, or a dataclass of tensors and of such dataclasses."""
         if isinstance(batch, Tensor):

@@ -21,7 +21,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 from minmo.training.settings import LoopSettings
 
@@ -115,6 +115,7 @@ def spread(root: nn.Module, blocks: Callable[[], Sequence[nn.Module]], settings:
     mesh = init_device_mesh(here.device.type, (here.world,))
     for module in [*blocks(), root]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(root, "sound")
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # The loss is normalised over all processes already: gradients are summed, not averaged.

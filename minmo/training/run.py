@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lhotse import CutSet
 
@@ -22,6 +23,7 @@ from minmo import weights
 from minmo.config import load_config
 from minmo.data.manifest import describe_skipped, read_manifest
 from minmo.model import MinMo
+from minmo.token2wav.mel import RATE
 from minmo.training import lora
 from minmo.training.batches import Builder
 from minmo.training.checkpoints import load_trained
@@ -93,12 +95,20 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad: b
         if d.rehearse is not None:
             lessons.append((joined(rehearsed), d.rehearse.max_seconds))
         loader = batches(lessons, builder, settings.seed, d.workers)
-        checker = None
-        if valid:
-            exam = [(joined(valid), d.max_seconds)]
-            checker = lambda: _validate(objective, batches(exam, plain, 0, 0), here.sum, here.device)  # noqa: E731
+        exam = [(joined(valid), d.max_seconds)] if valid else []
+
+        def score() -> dict[str, float]:
+            return _validate(objective, batches(exam, plain, 0, 0), here.sum, here.device)
+
+        def hear() -> dict[str, tuple[np.ndarray, int]]:
+            for batch, _ in batches(exam, plain, 0, 0):
+                sounds = objective.sound(objective.to_device(batch, here.device))
+                return {name: (sound.float().cpu().numpy(), RATE) for name, sound in sounds.items()}
+            return {}
+
         spread = dataclasses.replace(settings, shard=settings.shard or here.world > 1)
-        result = fit(objective, loader, spread, out / "checkpoints", validate=checker)
+        checks: dict[str, Any] = {"validate": score, "samples": hear} if valid else {}
+        result = fit(objective, loader, spread, out / "checkpoints", **checks)
         if left or loader.skipped:
             print(describe_skipped(left + loader.skipped))
         # Into a model of its own: the one that trained may be spread over many processes.

@@ -84,7 +84,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "t2s-projector", ("voice_decoder.output_projector.",), ("speech",), ("tts",),
             "the output projector alone", "paper 3.4, stage 2",
-            after=("sft", "voice-lm"),
+            after=("sft", "voice-lm", "flow", "vocoder"),
         ),
         Stage(
             "t2s", ("voice_decoder.",), ("speech",), ("tts", "instruct-tts"),

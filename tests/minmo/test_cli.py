@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
+import torch
 
 from minmo import cli, weights
 
@@ -61,6 +62,15 @@ def test_the_other_commands(minmo, tmp_path):
     assert "7,615,616,512" in minmo("info", "minmo-8b").out
     report = minmo("doctor").out
     assert "torch" in report and "streaming_attention" in report and "accepts" in report
+
+
+def test_export_writes_a_model_in_another_dtype(minmo, tmp_path):
+    shown = minmo("export", "-o", tmp_path / "half")
+    assert "written:" in shown.out and "MB" in shown.out
+    own, half = weights.load("nano", "cpu"), weights.load(tmp_path / "half", "cpu")
+    for name, tensor in own.state_dict().items():
+        assert torch.equal(half.state_dict()[name], tensor.half().float())
+    minmo("export", "-o", tmp_path / "half", expect=2)
 
 
 @pytest.fixture

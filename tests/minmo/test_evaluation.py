@@ -271,6 +271,12 @@ def test_an_evaluation_runs_and_says_that_the_weights_are_random(corpus, tmp_pat
     assert score(results, "speech-to-speech", f"seen voices, en, {nano.FLOOR}", "moonshine").value == 0
 
 
+def test_the_result_of_a_sum_is_what_stands_after_is():
+    texts = ["two plus three is five"] * 4
+    heard = ["To plus tree is 5.", "two plus three is twenty five", "five", "two plus three is"]
+    assert nano._results_alike(texts, heard) == [True, False, False, False]
+
+
 def score(results, task, material, by="the model", measure=""):
     rows = [r for r in results.rows if (r.task, r.material) == (task, material) and r.by.startswith(by)]
     return next(r.score for r in rows if r.measure.startswith(measure))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minmo.model import MinMo
 from minmo.state import Lengths, full_lengths, masked, valid
 from minmo.token2wav.causal import whole
 from minmo.token2wav.mel import mel_spectrogram
@@ -71,6 +72,12 @@ class FlowObjective(ModelObjective):
         counted = valid(2 * batch.lengths, frames)[..., None] & ~given
         return {"flow": torch.where(counted, wrong, 0.0).sum()}
 
+    def sound(self, batch: FlowBatch) -> dict[str, Tensor]:
+        """Of the first entry: from its tokens, as a reply is spoken, and from its own mel frames."""
+        size = int(batch.lengths[0])
+        own = spoken(self.model, batch.mel[:1, : 2 * size])
+        return {"from tokens": sound_of_tokens(self.model, batch.tokens[:1, :size]), "from mel frames": own}
+
 
 @dataclass(frozen=True)
 class SoundBatch:
@@ -100,6 +107,24 @@ class VocoderObjective(ModelObjective):
             "mel": (again - mel).abs().mean(dim=(1, 2)).sum(),
             "pitch": (f0 - batch.f0).abs().sum(),
         }
+
+    def sound(self, batch: SoundBatch) -> dict[str, Tensor]:
+        """Of the first entry: made again from its mel frames, and as it is."""
+        mel = mel_spectrogram(batch.audio[:1], self.model.vocoder.config.n_mels)
+        return {"from mel frames": spoken(self.model, mel), "original": batch.audio[0]}
+
+
+def sound_of_tokens(model: MinMo, tokens: Tensor) -> Tensor:
+    """Speech tokens (1, n) -> (samples,) 24 kHz, through the model's flow and vocoder."""
+    seeds = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+    mel, _ = model.flow(tokens, None, model.speaker[None], seeds)
+    return spoken(model, mel)
+
+
+def spoken(model: MinMo, mel: Tensor) -> Tensor:
+    """Mel frames (1, n, n_mels) -> (samples,) 24 kHz, through the model's vocoder."""
+    audio, _ = model.vocoder(mel, None, torch.zeros(1, dtype=torch.int64, device=mel.device))
+    return audio[0]
 
 
 def _spectral(made: Tensor, audio: Tensor, n_fft: int, hop: int, size: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from minmo.model import MinMo
 from minmo.state import join, take
 from minmo.training.objectives import ModelObjective
+from minmo.training.objectives.sound import sound_of_tokens
 from minmo.training.objectives.text import TextBatch
 from minmo_kernels.ops.mix_semantic_speech.schedule import is_bistream
 
@@ -63,6 +64,18 @@ class VoiceObjective(ModelObjective):
         return self.model.voice_decoder(
             hidden, embedding, queries, texts, batch.speech, batch.speech_lengths, self._in_blocks(batch)
         )
+
+    def sound(self, batch: VoiceBatch) -> dict[str, Tensor]:
+        """Of the first entry: its own tokens, and the most likely token at the place of each, the others being given:
+        a bound of what it can say."""
+        size, codes = int(batch.speech_lengths[0]), self.model.config.voice_decoder.codes
+        logits, targets = self.logits(batch)
+        speech = (targets[0] >= 0) & (targets[0] < codes)
+        likely = logits[0, speech, :codes].argmax(dim=-1)[None]
+        return {
+            "most likely tokens": sound_of_tokens(self.model, likely),
+            "own tokens": sound_of_tokens(self.model, batch.speech[:1, :size]),
+        }
 
     @torch.no_grad()
     def vectors(self, batch: VoiceBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
