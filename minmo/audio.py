@@ -63,7 +63,8 @@ def load_audio(path: str | os.PathLike[str], *, max_seconds: float = MAX_SECONDS
 
 
 def save_audio(path: str | os.PathLike[str], samples: Any, sample_rate: int) -> None:
-    """Writes mono sound (n,) within -1 .. 1 as 16-bit PCM, WAV or FLAC by its ending; louder samples are clipped.
+    """Writes sound within -1 .. 1, mono (n,) or stereo (n, 2), as 16-bit PCM, WAV or FLAC by its ending; louder samples
+    are clipped.
 
     The file appears whole or not at all. Raises AudioError for NaN or infinite samples, another shape, and for what
     `check_output` refuses.
@@ -72,8 +73,10 @@ def save_audio(path: str | os.PathLike[str], samples: Any, sample_rate: int) -> 
     if not is_whole(sample_rate) or not _RATES[0] <= sample_rate <= _RATES[1]:
         raise AudioError(f"sample_rate must be an integer in {_RATES[0]} .. {_RATES[1]} Hz, got {sample_rate!r}")
     sound = np.asarray(samples)
-    if sound.ndim != 1 or sound.dtype.kind != "f":
-        raise AudioError(f"sound to save must be floats of the shape (samples,), got {sound.dtype} {sound.shape}")
+    if (sound.ndim != 1 and sound.shape[1:] != (2,)) or sound.dtype.kind != "f":
+        raise AudioError(
+            f"sound to save must be floats of the shape (samples,) or (samples, 2), got {sound.dtype} {sound.shape}"
+        )
     if not np.isfinite(sound).all():
         raise AudioError(
             f"the sound for {file} holds NaN or infinite samples and was not written; check the model's weights"

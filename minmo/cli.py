@@ -17,11 +17,16 @@ from rich.table import Table
 import minmo
 from minmo import console
 from minmo import doctor as doctor_report
-from minmo.config import load_config
+from minmo.clock import percentile
+from minmo.config import SAMPLE_RATE, load_config
 from minmo.console import err
 from minmo.conversation import verbs
+from minmo.conversation.client import simulate
+from minmo.conversation.conversation import Conversation
 from minmo.conversation.session import Piece
 from minmo.conversation.timings import RESAMPLER
+from minmo.conversation.turn_taking import EAGERNESS, TurnTaking
+from minmo.conversation.turn_taking import eagerness as turn_taking_of
 from minmo.evaluation.command import evaluate
 from minmo.fast import profile as measuring
 from minmo.fast.engine import MAX_VOICE_POSITIONS, MOST_ROWS
@@ -59,6 +64,12 @@ MaxSpeech = Annotated[int, typer.Option(help="Longest speech, in speech tokens o
 MaxText = Annotated[int, typer.Option(help="Longest reply, in text tokens.")]
 Realtime = Annotated[bool, typer.Option("--realtime", help="Feed the sound at the speed of speech.")]
 Repeat = Annotated[int, typer.Option(min=1, help="Take the turn this often; the latency table then has percentiles.")]
+Duplex = Annotated[
+    bool,
+    typer.Option("--duplex", help="Hold a conversation with the file: OUT in stereo, and a log beside it (.jsonl)."),
+]
+Fast = Annotated[bool, typer.Option("--fast", help="With --duplex: as fast as possible, not at the speed of speech.")]
+Eagerness = Annotated[str, typer.Option(help=f"With --duplex: how eager to speak, {', '.join(EAGERNESS)}.")]
 Instruction = Annotated[str | None, typer.Option(help="Put before the user's words (default: the task's own).")]
 
 
@@ -69,6 +80,9 @@ def talk(
     preset: Preset = "nano",
     realtime: Realtime = False,
     repeat: Repeat = 1,
+    duplex: Duplex = False,
+    fast: Fast = False,
+    eagerness: Eagerness = "auto",
     instruction: Instruction = None,
     seed: Seed = 0,
     temperature: Temperature = 0.7,
@@ -82,10 +96,18 @@ def talk(
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
-    """A spoken turn in, a spoken turn out, with text as it comes and a latency table."""
+    """A spoken turn in, a spoken turn out, with text as it comes and a latency table.
+
+    With --duplex a conversation: the file is the user's side, who may interrupt, and turns are taken as they come.
+    """
     settings = minmo.Settings(
         seed, temperature, top_k, top_p, voice_temperature, voice_top_k, voice_top_p, max_text_tokens, max_speech_ratio
     )
+    if duplex:
+        if realtime or repeat > 1 or instruction is not None:
+            raise ValueError("--duplex holds one conversation in real time: leave --realtime, --repeat, --instruction")
+        _converse(sound, output, preset, settings, turn_taking_of(eagerness), fast, device, dtype)
+        return
     _run(sound, output, preset, settings, _given(instruction, CHAT), device, dtype, realtime, repeat, words=False)
 
 
@@ -344,9 +366,7 @@ def _run(
     """One turn (or several of the same), printed as it comes."""
     heard = _input(turn, words)
     if output is not None:
-        minmo.audio.check_output(output)
-        if output.exists() and os.path.exists(turn) and output.samefile(turn):
-            raise ValueError(f"{output} is the input; write the reply to another file")
+        _check_target(turn, output)
     model = _load(preset, device, dtype)
     timings = minmo.conversation.Timings()
     if not isinstance(heard, str) and (delay := minmo.audio.resampling_delay_ms(turn)):
@@ -361,6 +381,48 @@ def _run(
         print()
         timings.merge(reply.timings)
     _finish(model, reply, output, timings)
+
+
+def _converse(
+    sound: str,
+    output: Path | None,
+    preset: str,
+    settings: minmo.Settings,
+    turn_taking: TurnTaking,
+    fast: bool,
+    device: str | None,
+    dtype: str,
+) -> None:
+    """A conversation with a file, written as stereo sound (left the user, right the assistant) and a log."""
+    if output is None:
+        raise ValueError("--duplex writes both sides into a file: give -o OUT.wav")
+    heard = _input(sound, words=False)
+    _check_target(sound, output)
+    log = minmo.audio.check_output(output).with_suffix(".jsonl")
+    model = _load(preset, device, dtype)
+    conversation = Conversation(model, settings, turn_taking)
+    found = simulate(conversation, np.asarray(heard), realtime=not fast)
+    user = minmo.audio.resample(found.user, SAMPLE_RATE, found.rate)[: len(found.assistant)]
+    minmo.save_audio(
+        output, np.stack([np.pad(user, (0, len(found.assistant) - len(user))), found.assistant], 1), found.rate
+    )
+    log.write_text(found.json_lines(), encoding="utf-8")
+    for entry in found.log:
+        if entry["event"] in ("SpeechStarted", "SpeechStopped", "TurnTaken", "ReplyDone", "Interrupted"):
+            told = ", ".join(f"{k} {v!r}" for k, v in entry.items() if k not in ("event", "at_ms") and v is not None)
+            out.print(f"{entry['at_ms'] / 1e3:7.2f} s  {entry['event']}: {told}", highlight=False, markup=False)
+    p50, p95 = (percentile(found.tick_ms, p) for p in (50, 95))
+    out.print(
+        f"tick of 80 ms: p50 {p50:.1f} ms, p95 {p95:.1f} ms, longest {max(found.tick_ms):.1f} ms", highlight=False
+    )
+    out.print(f"written: {output}, {log}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _check_target(turn: str, output: Path) -> None:
+    """Raises ValueError where the reply would be written over its input."""
+    minmo.audio.check_output(output)
+    if output.exists() and os.path.exists(turn) and output.samefile(turn):
+        raise ValueError(f"{output} is the input; write the reply to another file")
 
 
 def _input(turn: str, words: bool) -> np.ndarray | str:

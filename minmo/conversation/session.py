@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,68 +16,15 @@ from torch import Tensor
 
 import minmo_kernels as mk
 from minmo.clock import now
-from minmo.config import TICK, is_real, is_whole
+from minmo.config import TICK
+from minmo.conversation import steps
 from minmo.conversation import timings as T
 from minmo.conversation.beside import beside
+from minmo.conversation.settings import Settings
 from minmo.conversation.timings import Clock, Timings
-from minmo.model import MOST_POSITIONS, MinMo, MinMoState, SpeakingState
-from minmo.state import all_rows, join_all, read_rows, take, valid, write_rows
+from minmo.model import MinMo, MinMoState, SpeakingState
+from minmo.state import all_rows, join_all, read_rows, take, write_rows
 from minmo.tokenizer.text import TextStream
-
-TEXT_STREAM = 1
-"""Random stream of text sampling (the voice decoder and token2wav have their own)."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a reply is drawn and how long it may get.
-
-    temperature 0 is greedy. max_text_tokens bounds the reply's text, max_speech_ratio its speech: speech tokens (40 ms)
-    a text token, CosyVoice 2's 20 by default. seed: all randomness of a session: one for every entry of a batch, or one
-    each. Raises ValueError for values of the wrong type or out of range.
-    """
-
-    seed: int | tuple[int, ...] = 0
-    temperature: float = 0.7
-    top_k: int = 0
-    top_p: float = 0.9
-    voice_temperature: float = 1.0
-    voice_top_k: int = 25
-    voice_top_p: float = 0.8
-    max_text_tokens: int = 128
-    max_speech_ratio: int = 20
-    speak: bool = True
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.speak, bool):
-            raise ValueError(f"speak must be True or False, got {self.speak!r}")
-        seeds = self.seed if isinstance(self.seed, (tuple, list)) else (self.seed,)
-        if not all(is_whole(s) and -(2**63) <= s < 2**63 for s in seeds):
-            raise ValueError(f"seed must be a 64-bit integer, or one for each entry, got {self.seed!r}")
-        for name, low, high in (
-            ("temperature", 0.0, 100.0),
-            ("voice_temperature", 0.0, 100.0),
-            ("top_p", 0.0, 1.0),
-            ("voice_top_p", 0.0, 1.0),
-            ("top_k", 0, 2**31 - 1),
-            ("voice_top_k", 0, 2**31 - 1),
-            ("max_text_tokens", 1, 100_000),
-            ("max_speech_ratio", 3, 1_000),
-        ):
-            value: Any = getattr(self, name)
-            kind = type(low)
-            if not (is_whole(value) if kind is int else is_real(value)):
-                raise ValueError(f"{name} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
-            if not low <= value <= high:
-                raise ValueError(f"{name} must lie between {low} and {high}, got {value}")
-            object.__setattr__(self, name, kind(value))
-
-    def seeds(self, batch: int) -> list[int]:
-        """A seed for each entry. Raises ValueError where seeds were given for another number of entries."""
-        seeds = list(self.seed) if isinstance(self.seed, (tuple, list)) else [self.seed] * batch
-        if len(seeds) != batch:
-            raise ValueError(f"there are {len(seeds)} seeds for a batch of {batch}; give one, or one for each entry")
-        return seeds
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,16 +48,8 @@ class Session:
     """
 
     def __init__(self, model: MinMo, batch: int, settings: Settings, max_positions: int) -> None:
-        if model.tokenizer is None:
-            raise ValueError(f"{model.config.name} has no tokenizer.json; load a checkpoint directory that holds one")
-        if not isinstance(settings, Settings):
-            raise ValueError(f"settings must be a minmo.Settings, got {type(settings).__name__}")
-        if model.device.type == "meta":
-            raise ValueError("this model holds shapes only (device 'meta'); load it on cpu or cuda to use it")
-        if not is_whole(max_positions) or not 0 < max_positions <= MOST_POSITIONS:
-            raise ValueError(f"max_positions must lie between 1 and {MOST_POSITIONS}, got {max_positions!r}")
+        self.tokenizer = steps.check(model, settings, max_positions)
         self.model, self.settings, self.max_positions = model, settings, max_positions
-        self.tokenizer = model.tokenizer
         self.batch, self.device = batch, model.device
         self._entries = all_rows(batch, self.device)
         self.timings = Timings()
@@ -227,19 +165,13 @@ class Session:
         model, state = self.model, self._state.hearing
         samples = read_rows(state.frontend.waiting.count, self.rows) + lengths
         self._check_room(torch.where(final, -(-samples // TICK), samples // TICK))
-        with self.timings.measure(T.ENCODER, self.device):
-            mel, counts, _ = model.frontend.step(audio, lengths, state.frontend, self.rows, final)
-            frames, counts, _ = model.encoder.step(mel.to(model.dtype), counts, state.encoder, self.rows, final)
-        with self.timings.measure(T.PROJECTOR, self.device):
-            positions, counts, _ = model.projector.step(frames, counts, state.projector, self.rows, final)
-        positions = positions[:, : int(counts.max())]
+        positions, counts, _ = steps.hear(model, state, self.rows, audio, lengths, final, self.timings)
         self._turns[-1].append((positions, counts))
         with self.timings.measure(T.LISTEN, self.device):
             hidden = self._think(positions, counts, query=True)
-            logits, _, _ = model.duplex.step(hidden, counts, self._state.duplex, self.rows)
+            decisions = steps.decide(model, self._state.duplex, self.rows, hidden, counts)
         state.reset(torch.where(final, self.rows, -1))
-        decisions = torch.softmax(logits.float(), dim=-1)[..., 1]
-        return torch.where(valid(counts, decisions.shape[1])[..., None], decisions, torch.nan)
+        return decisions
 
     @torch.inference_mode()
     def answer(self, forced: Sequence[Sequence[int]] | None = None) -> Iterator[list[Piece]]:
@@ -361,7 +293,7 @@ class Session:
             if i == 0 and written == 0:
                 self.timings.add(T.FIRST_TEXT, now(self.device) - began)
         for entry in torch.nonzero(broken)[:, 0].tolist():
-            faults[entry] = "the LLM's state became NaN: its weights or what it was given are broken"
+            faults[entry] = steps.TEXT_FAULT
         if int(counts.max()) == block:
             self.timings.add(T.FIVE_TEXT, now(self.device) - began)
         short = [0, 0, 0, block - len(states)]
@@ -384,34 +316,21 @@ class Session:
             self._drawn,
             *self._sampling,
             banned=self._banned,
-            stream=TEXT_STREAM,
+            stream=steps.TEXT_STREAM,
         )
         return token, bad
 
     def _start_speaking(self, with_query: bool) -> None:
         """New speaking states, one voice for all, and the turn's query embeddings."""
-        model, state, settings = self.model, self._state.speaking, self.settings
-        speaker = model.speaker.expand(self.batch, -1)
         # Speech tokens, mel frames and samples count from 0 in every reply, so each reply has a seed of its own.
         seeds = self._seeds + (self._replies << 32)
         self._replies += 1
-        model.flow.start(state.flow, self.rows, speaker, seeds)
-        model.vocoder.start(state.vocoder, self.rows, seeds)
         query = None
         if with_query and self._query:
             hidden, lengths = join_all([(hidden, count) for hidden, _, count in self._query])
             embedding, _ = join_all([(embedding, count) for _, embedding, count in self._query])
             query = (hidden, embedding, lengths)
-        model.voice_decoder.start(
-            state.decoder,
-            self.rows,
-            seeds,
-            temperature=settings.voice_temperature,
-            top_k=settings.voice_top_k,
-            top_p=settings.voice_top_p,
-            max_ratio=settings.max_speech_ratio,
-            query=query,
-        )
+        steps.start_speaking(self.model, self._state.speaking, self.rows, seeds, self.settings, query)
 
     def _speak(
         self,
@@ -428,33 +347,10 @@ class Session:
 
         Entries whose states or sound are NaN are named in `faults`; they give no more sound.
         """
-        model = self.model
         rows = torch.where(speaking, self.rows, -1).to(torch.int32)
-        clock.skip()
-        tokens, token_counts, _ = model.voice_decoder.step((hidden, embedding), counts, state.decoder, rows, text_done)
-        finished = read_rows(state.decoder.finished, self.rows) & speaking
-        failed = read_rows(state.decoder.failed, self.rows) & speaking
-        for entry in torch.nonzero(failed)[:, 0].tolist():
-            faults[entry] = "the voice decoder's state became NaN: its weights or the LLM's are broken"
-        rows = torch.where(failed, -1, rows).to(torch.int32)
-        if int(token_counts.max()) > 0:
-            clock.lap(T.SPEECH_BLOCK)
-            clock.mark(T.TO_SPEECH)
-        tokens = tokens[:, : int(token_counts.max())]
-        mel, frames, _ = model.flow.step(tokens, token_counts, state.flow, rows, finished)
-        if int(frames.max()) > 0:
-            clock.lap(T.FLOW)
-        mel = mel[:, : int(frames.max())]
-        audio, samples, _ = model.vocoder.step(mel, frames, state.vocoder, rows, finished)
-        if int(samples.max()) > 0:
-            clock.lap(T.VOCODER)
-            clock.mark(T.TO_AUDIO)
-        sound = audio.float().cpu().numpy()
-        pieces = [sound[entry, :n] for entry, n in enumerate(samples.tolist())]
-        for entry, piece in enumerate(pieces):
-            if not np.isfinite(piece).all():
-                faults[entry] = "the vocoder gave NaN or infinite sound: the weights of flow or vocoder are broken"
-                pieces[entry] = piece[:0]
+        pieces, finished, failed = steps.speak(self.model, state, rows, (hidden, embedding), counts, text_done, clock)
+        for entry, why in failed.items():
+            faults[entry] = why
         return pieces, finished
 
     def _ints(self, values: Sequence[int]) -> Tensor:

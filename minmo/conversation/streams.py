@@ -1,7 +1,7 @@
 """A stream of the user's sound in, a stream of the assistant's sound out: `full_duplex` for sync and async iterables.
 
-A turn ends where the full-duplex predictor decides so, or where the input ends; the reply is then given whole before
-more input is taken.
+A turn ends where the full-duplex predictor decides so, or where the input ends. The input is heard while a reply is
+given, and its sound comes at the pace of the input: an interruption stops it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from typing import overload
 
 import numpy as np
-import torch
 
 from minmo.config import SAMPLE_RATE, TICK, is_real
-from minmo.conversation.session import Session, Settings
+from minmo.conversation.conversation import Conversation
+from minmo.conversation.events import Event, Fault, Interrupted, ReplyDone, TextDelta
+from minmo.conversation.events import Sound as SoundEvent
+from minmo.conversation.settings import Settings
+from minmo.conversation.turn_taking import Phase, TurnTaking
 from minmo.conversation.verbs import Sound, check_sound
 from minmo.model import MinMo
-from minmo.modules.duplex import TURN_TAKING
-from minmo.tokenizer.text import CHAT
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +45,15 @@ class VoiceOutput:
     """A piece of the assistant's turn: mono 24 kHz float32 sound, the text that came with it, and when it was ready.
 
     timestamp_ms is on the input's clock: the end of the last input taken plus the time spent computing since.
-    final: the turn is complete.
+    final: the turn is complete. interrupted: the user has cut it, perhaps after its final output, and what has not been
+    played is to be dropped.
     """
 
     audio: Sound
     transcript: str
     timestamp_ms: float
     final: bool = False
+    interrupted: bool = False
 
 
 def latency(voice_input: VoiceInput, voice_output: VoiceOutput) -> float:
@@ -84,20 +87,23 @@ def full_duplex(
     threshold: float = 0.5,
     max_positions: int | None = None,
 ) -> Iterator[VoiceOutput] | AsyncIterator[VoiceOutput]:
-    """Listens to a stream and answers each of its turns.
+    """Listens to a stream and answers each of its turns, listening on while it speaks.
+
+    The stream is the clock: 80 ms of it let 80 ms of a reply go out, of which at most 200 ms are ahead, and what is
+    left of a reply when the stream ends comes at once. A reply ends early where the predictor decides that the user
+    takes over; a turn that the stream's end leaves open is answered where a voice was noticed in it, and a first one
+    always.
 
     threshold: the predictor's turn-taking probability from which a turn counts as ended, asked every 80 ms; sound after
-    the decision belongs to the next turn. max_positions: LLM context of the conversation, by default the model's: as a
-    turn begins, the oldest are forgotten where less than half of it is free; a single turn that exceeds it raises
-    ValueError. An async stream gives an async iterator; all of them compute in one thread off the event loop, so a
-    FastMinMo serves async streams, or calls from another thread, not both at once. Raises AudioError for a piece of
-    sound that cannot be heard, and FloatingPointError where the model's numbers become NaN.
+    the decision belongs to the next turn. max_positions: LLM context of the conversation, by default the model's; the
+    oldest exchanges are forgotten as it fills up, and ValueError is raised where a turn and its reply do not fit. A
+    FastMinMo needs two free rows. An async stream gives an async iterator; all of them compute in one thread off the
+    event loop, so a FastMinMo serves async streams, or calls from another thread, not both at once. Raises AudioError
+    for a piece of sound that cannot be heard, and FloatingPointError where the model's numbers become NaN.
     """
     if not is_real(threshold) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold is a probability in 0 .. 1, got {threshold!r}")
-    opened = functools.partial(
-        _Turns, model, settings, threshold, model.max_positions if max_positions is None else max_positions
-    )
+    opened = functools.partial(_Turns, model, settings, TurnTaking(answer=threshold), max_positions)
     if isinstance(stream, AsyncIterable):
         return _answers_async(opened, stream)
     if not isinstance(stream, Iterable):
@@ -150,21 +156,18 @@ async def _answers_async(opened: Callable[[], _Turns], stream: AsyncIterable[Voi
 
 
 class _Turns:
-    """One conversation: cuts the stream into ticks of 80 ms, decides after each, and answers a turn that has ended.
+    """One conversation: cuts the stream into ticks of 80 ms, and does between them what work is due.
 
     So neither the replies nor their number depend on how the stream was cut into pieces.
     """
 
-    def __init__(self, model: MinMo, settings: Settings, threshold: float, max_positions: int) -> None:
-        self._session = Session(model, 1, settings, max_positions)
-        self._first = True
-        self._threshold = threshold
+    def __init__(self, model: MinMo, settings: Settings, turn_taking: TurnTaking, max_positions: int | None) -> None:
+        self._conversation = Conversation(model, settings, turn_taking, max_positions=max_positions)
         self._waiting: Sound = np.zeros(0, np.float32)
-        self._heard = False
         self._end_ms = self._spent = self._resumed = 0.0
 
     def take(self, piece: VoiceInput) -> Iterator[VoiceOutput]:
-        """Hears a piece; answers every turn that ends in it."""
+        """Hears a piece, and gives what may be sent by its end."""
         if not isinstance(piece, VoiceInput):
             raise ValueError(f"a stream's items must be minmo.VoiceInput, got {type(piece).__name__}")
         self._begin(piece.end_ms)
@@ -172,50 +175,51 @@ class _Turns:
             self._waiting = np.concatenate([self._waiting, check_sound(piece.audio)])
         while len(self._waiting) >= TICK:
             tick, self._waiting = self._waiting[:TICK], self._waiting[TICK:]
-            decisions = self._hear(tick, final=False)
-            if bool(decisions.isnan().any()):
-                raise FloatingPointError("the full-duplex predictor gave NaN: its weights or the LLM's are broken")
-            if bool((decisions[0, :, TURN_TAKING] >= self._threshold).any()):
-                yield from self._answer()
+            yield from self._tick(tick)
 
     def finish(self) -> Iterator[VoiceOutput]:
-        """The input has ended: answers what is left of it."""
+        """The input has ended: what is left of it is heard, answered where it is a turn, and replies are given whole,
+        as nobody can interrupt them any more."""
         self._begin(self._end_ms)
-        if self._heard or len(self._waiting):
-            rest, self._waiting = self._waiting, self._waiting[:0]
-            yield from self._answer(rest)
+        if rest := len(self._waiting):
+            yield from self._tick(np.pad(self._waiting, (0, TICK - rest)))
+        yield from self._rest()
+        conversation = self._conversation
+        if conversation.history.open and (conversation.voiced or not conversation.history.exchanges):
+            yield from self._outputs(conversation.take_turn())
+            yield from self._rest()
 
     def check(self) -> None:
-        """Raises RuntimeError in a thread that must not use the session."""
-        self._session.check()
+        """Raises RuntimeError in a thread that must not use the conversation."""
+        self._conversation.check()
 
     def close(self) -> None:
-        """The conversation has ended: its row is free."""
-        self._session.close()
+        """The conversation has ended: its rows are free."""
+        self._conversation.close()
 
-    def _answer(self, rest: Sound = np.zeros(0, np.float32)) -> Iterator[VoiceOutput]:  # noqa: B008 (never written)
-        self._hear(rest, final=True)
-        _, suffix = self._session.tokenizer.turn(CHAT)
-        self._session.read([suffix])
-        for (piece,) in self._session.answer():
-            if piece.fault:
-                raise FloatingPointError(piece.fault)
+    def _tick(self, samples: Sound) -> Iterator[VoiceOutput]:
+        yield from self._outputs(self._conversation.tick(samples))
+        while self._conversation.next_step:
+            yield from self._outputs(self._conversation.step())
+
+    def _rest(self) -> Iterator[VoiceOutput]:
+        """What is left of a reply, at once."""
+        while self._conversation.phase is not Phase.LISTENING:
+            yield from self._outputs(self._conversation.step() or self._conversation.flush())
+
+    def _outputs(self, events: list[Event]) -> Iterator[VoiceOutput]:
+        """One output for the events of a tick or a step, where there is something to give."""
+        for event in events:
+            if isinstance(event, Fault):
+                raise FloatingPointError(event.why)
+        text = "".join(event.text for event in events if isinstance(event, TextDelta))
+        sounds = [event.audio for event in events if isinstance(event, SoundEvent)]
+        done, cut = (any(isinstance(event, kind) for event in events) for kind in (ReplyDone, Interrupted))
+        if text or sounds or done or cut:
             self._spent += time.perf_counter() - self._resumed
-            yield VoiceOutput(piece.audio, piece.text, self._end_ms + 1e3 * self._spent, piece.done)
+            sound = np.concatenate([np.zeros(0, np.float32), *sounds])
+            yield VoiceOutput(sound, text, self._end_ms + 1e3 * self._spent, done or cut, cut)
             self._resumed = time.perf_counter()
-        self._heard = False
-
-    def _hear(self, samples: Sound, final: bool) -> torch.Tensor:
-        if not self._heard:
-            tokenizer = self._session.tokenizer
-            before = tokenizer.system if self._first else tokenizer.closing
-            prefix, _ = tokenizer.turn(CHAT, first=self._first)
-            self._session.open_turn([before], [prefix[len(before) :]])
-            self._heard, self._first = True, False
-        device = self._session.device
-        lengths = torch.tensor([len(samples)], dtype=torch.int32, device=device)
-        audio = torch.from_numpy(samples)[None].to(device)
-        return self._session.hear(audio, lengths, torch.tensor([final], device=device))
 
     def _begin(self, end_ms: float) -> None:
         """The clock of the outputs: the end of the newest input, plus the time spent computing since."""

@@ -13,7 +13,8 @@ import torch
 
 from minmo.audio import LOUDEST, SUFFIXES, AudioError
 from minmo.config import TICK
-from minmo.conversation.session import Piece, Session, Settings
+from minmo.conversation.session import Piece, Session
+from minmo.conversation.settings import Settings
 from minmo.conversation.timings import Timings
 from minmo.model import MinMo
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, TextTokenizer, translation

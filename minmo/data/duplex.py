@@ -151,34 +151,40 @@ def _labels(
 
 
 def listening_context(
-    tokenizer: TextTokenizer, closed: Sequence[tuple[str | Sequence[int], str]], open_turn: Sequence[int]
+    tokenizer: TextTokenizer,
+    closed: Sequence[tuple[str | Sequence[int], str | Sequence[int]]],
+    open_turn: Sequence[int],
 ) -> tuple[list[int], list[int]]:
     """What the LLM has read when a position of an open user turn is decided -> (ids, positions), of equal length.
 
-    closed: exchanges before the turn, each (typed text or LLM positions of sound, the assistant's text). The reply that
-    is still being spoken is empty here: its own row goes on from the same prefix, and sound is never put into it. Where
-    ids holds SOUND, positions tells which LLM position of sound stands there; elsewhere it is SOUND.
+    closed: exchanges before the turn, each (typed text or LLM positions of sound, the assistant's text or its token
+    ids). The reply that is still being spoken is empty here: its own row goes on from the same prefix, and sound is
+    never put into it. Where ids holds SOUND, positions tells which LLM position of sound stands there; elsewhere it is
+    SOUND.
     """
     ids: list[int] = []
     positions: list[int] = []
 
-    def put(content: str | Sequence[int]) -> None:
-        text = tokenizer.encode(content) if isinstance(content, str) else [SOUND] * len(content)
-        ids.extend(text)
-        positions.extend([SOUND] * len(text) if isinstance(content, str) else content)
-
-    def control(tokens: list[int]) -> None:
+    def put(text: str | Sequence[int]) -> None:
+        tokens = tokenizer.encode(text) if isinstance(text, str) else text
         ids.extend(tokens)
         positions.extend([SOUND] * len(tokens))
 
+    def put_user(content: str | Sequence[int]) -> None:
+        if isinstance(content, str):
+            put(content)
+        else:
+            ids.extend([SOUND] * len(content))
+            positions.extend(content)
+
     for n, (user, assistant) in enumerate(closed):
         prefix, suffix = tokenizer.turn(CHAT, first=n == 0, typed=isinstance(user, str))
-        control(prefix)
-        put(user)
-        control(suffix)
+        put(prefix)
+        put_user(user)
+        put(suffix)
         put(assistant)
-    control(tokenizer.turn(CHAT, first=not closed)[0])
-    put(open_turn)
+    put(tokenizer.turn(CHAT, first=not closed)[0])
+    put_user(open_turn)
     return ids, positions
 
 

@@ -11,7 +11,7 @@ import soxr
 
 import minmo
 from minmo.config import SAMPLE_RATE
-from minmo.conversation.session import Settings
+from minmo.conversation.settings import Settings
 from minmo.conversation.verbs import Reply, Sound
 from minmo.evaluation.material import Line
 from minmo.model import MinMo

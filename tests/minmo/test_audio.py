@@ -149,6 +149,8 @@ def test_saved_sound_comes_back_to_the_bit(tmp_path, suffix):
     save_audio(tmp_path / f"x{suffix}", torch.tensor([2.0, -2.0, 0.25]), 24_000)
     again, again_rate = soundfile.read(tmp_path / f"x{suffix}", dtype="float32")
     assert again_rate == 24_000 and np.allclose(again, [1.0, -1.0, 0.25], atol=1e-4)
+    save_audio(tmp_path / f"x{suffix}", np.array([[0.5, -0.5], [0.25, 0.0]]), 24_000)
+    assert soundfile.read(tmp_path / f"x{suffix}")[0].tolist() == [[0.5, -0.5], [0.25, 0.0]]
     assert [p.name for p in tmp_path.iterdir()] == [f"x{suffix}"]
 
 
@@ -156,7 +158,7 @@ def test_saved_sound_comes_back_to_the_bit(tmp_path, suffix):
     "name,samples,message",
     [
         ("x.wav", np.array([0.0, np.nan]), "NaN"),
-        ("x.wav", np.zeros((2, 2)), "shape"),
+        ("x.wav", np.zeros((2, 3)), "shape"),
         ("x.wav", np.zeros(3, np.int16), "floats"),
         ("x.xyz", np.zeros(3), "must end in .wav or .flac"),
         ("no/x.wav", np.zeros(3), "does not exist"),

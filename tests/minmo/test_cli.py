@@ -1,5 +1,6 @@
 """The command line: real files of every kind, one sentence and exit code 2 for what cannot be served."""
 
+import json
 import subprocess
 import sys
 from importlib import resources
@@ -11,6 +12,7 @@ import soxr
 import torch
 
 from minmo import cli, weights
+from minmo.conversation import client
 
 QUESTION = resources.files("minmo") / "assets" / "question.wav"
 
@@ -44,6 +46,25 @@ def test_talk_takes_any_sound_file(minmo, tmp_path, rate, channels, subtype):
     assert "machine:" in shown.out and "backend:" in shown.out
     sound, out_rate = soundfile.read(tmp_path / "out.wav")
     assert out_rate == 24_000 and len(sound) > 0 and np.isfinite(sound).all()
+
+
+def test_a_conversation_with_a_file(minmo, tmp_path, monkeypatch):
+    samples, rate = soundfile.read(QUESTION, dtype="float32", frames=8_000)
+    soundfile.write(tmp_path / "in.wav", samples, rate)
+    monkeypatch.setattr(client, "TAIL_MS", 0.0)
+    monkeypatch.setattr(client, "LONGEST_TAIL_MS", 0.0)
+    both = tmp_path / "both.wav"
+    short = ("--max-text-tokens", 2, "--max-speech-ratio", 3, "--fast", "--eagerness", "high")
+    shown = minmo("talk", "--duplex", tmp_path / "in.wav", "-o", both, *short)
+    assert "tick of 80 ms: p50" in shown.out and "both.jsonl" in shown.out
+    sound, rate = soundfile.read(both)
+    log = [json.loads(line) for line in (tmp_path / "both.jsonl").read_text().splitlines()]
+    decisions = [entry for entry in log if entry["event"] == "Decision"]
+    assert rate == 24_000 and sound.shape == (len(decisions) * 1920, 2) and np.abs(sound[:, 0]).max() > 0.01
+    assert {"at_ms", "answer", "stop", "phase"} < set(decisions[0])
+    assert "give -o" in minmo("talk", "--duplex", QUESTION, expect=2).err
+    assert "leave --realtime" in minmo("talk", "--duplex", QUESTION, "-o", both, "--realtime", expect=2).err
+    assert "one of low" in minmo("talk", "--duplex", QUESTION, "-o", both, "--eagerness", "very", expect=2).err
 
 
 def test_random_weights_are_named(minmo, monkeypatch):

@@ -219,6 +219,10 @@ def test_the_listening_context_is_the_tokenizers_own_layout():
     turns = [("one plus one", "two"), ("and three", "")]
     assert listening_context(tokenizer, turns, [])[0] == tokenizer.turn(history=turns)[0]
     assert listening_context(tokenizer, [], [])[0] == tokenizer.turn()[0]
+    ids = tokenizer.encode("two")
+    assert listening_context(tokenizer, [("one plus one", ids)], []) == listening_context(
+        tokenizer, [("one plus one", "two")], []
+    )
 
 
 def test_f1_at_k_by_hand():

@@ -266,7 +266,7 @@ def test_what_does_not_fit_or_is_no_model_leaves_the_model_as_it_was():
 
 
 def test_a_stream_survives_another_threads_call(readable):
-    fast = minmo.FastMinMo(readable, rows=1, max_positions=100, max_voice_positions=300, keep_model=True)
+    fast = minmo.FastMinMo(readable, rows=2, max_positions=100, max_voice_positions=300, keep_model=True)
     heard = [minmo.VoiceInput(np.full(4000, 1e-3, np.float32), 0.0)]
     outputs = minmo.full_duplex(fast, heard, replace(QUIET, max_text_tokens=8), threshold=1.0)
     first = next(outputs)
@@ -276,4 +276,4 @@ def test_a_stream_survives_another_threads_call(readable):
                 other.submit(call).result()
     rest = list(outputs)
     assert not first.final and rest[-1].final
-    fast.join(1, 10, 10).leave()  # the row is free
+    fast.join(2, 10, 10).leave()  # the rows are free

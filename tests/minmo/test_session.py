@@ -78,15 +78,6 @@ def test_the_oldest_turns_are_forgotten_and_the_rest_is_as_if_it_were_all(model,
         torch.testing.assert_close(fresh._last, last, rtol=1e-4, atol=1e-4)
 
 
-def test_a_turn_that_is_too_long_is_refused_and_a_conversation_is_not(model):
-    silence = [minmo.VoiceInput(torch.zeros(TICK).numpy() + 1e-3, 80.0 * i) for i in range(24)]
-    short = minmo.Settings(max_text_tokens=4, speak=False)
-    turns = [o for o in minmo.full_duplex(model, silence, short, threshold=0.0, max_positions=48) if o.final]
-    assert len(turns) == 24  # a predictor that always says yes: 24 turns of 10 positions and more each
-    with pytest.raises(ValueError, match="context holds 48: start a new one, or raise max_positions"):
-        list(minmo.full_duplex(model, 3 * silence, short, threshold=1.0, max_positions=48))
-
-
 def test_a_prompt_is_read_in_pieces_between_which_others_go_on(model):
     engine = minmo.FastMinMo(model, rows=2, max_positions=300, max_voice_positions=400, prefill=16, keep_model=True)
     prompt = [[i % 50 for i in range(100)]]

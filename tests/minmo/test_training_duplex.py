@@ -17,9 +17,12 @@ from lhotse import CutSet, Recording
 
 import minmo
 from minmo.config import SAMPLE_RATE, TICK
+from minmo.conversation.conversation import Conversation
+from minmo.conversation.history import Exchange, History
 from minmo.conversation.session import Session
+from minmo.conversation.turn_taking import TurnTaking
 from minmo.data import duplex
-from minmo.data.dialogues import dialogue_cut
+from minmo.data.dialogues import dialogue_cut, duplex_samples
 from minmo.data.duplex import UNSUPERVISED, Event, position
 from minmo.data.manifest import read_manifest, validate
 from minmo.data.nano.build import BACKCHANNELS, plan
@@ -181,6 +184,33 @@ def test_training_reads_what_a_session_has_read(model, builder):
         torch.testing.assert_close(logits[n, :opened].softmax(-1)[..., 1], decisions, rtol=0, atol=1e-4)
     # The contexts tell: the same sound after a reply that was heard has other states than while it is spoken.
     assert (states[1, :20] - states[2, :20]).abs().max() > 1e-2
+
+
+def test_training_reads_what_a_conversation_reads_again(model, builder):
+    """A conversation hears the channel in ticks; one that goes on after the same exchanges, with the same sound as its
+    open turn, has the hidden states that the predictor learns from."""
+    cut = dialogue_cut(dialogue("one", 1))
+    channel = cut.load_audio()[0].astype(np.float32)
+    quiet = minmo.Settings(speak=False, max_text_tokens=1, max_speech_ratio=3)
+    hearing = Conversation(model, quiet, TurnTaking(answer=1.0), max_positions=1000)
+    heard = []
+    for samples in channel[: len(channel) // TICK * TICK].reshape(-1, TICK):
+        hearing.tick(samples)
+        heard.append(hearing.history.open[-1])
+    batch = builder.duplex([cut])
+    with torch.no_grad():
+        states = DuplexObjective(model).eval().hidden(batch)
+    for n, sample in enumerate(duplex_samples(cut)):
+        history = History()
+        history.exchanges = [
+            Exchange(torch.cat([heard[p] for p in user]), builder.tokenizer.encode(text))
+            for user, text in sample.closed
+        ]
+        history.open = [heard[p] for p in sample.open]
+        going_on = Conversation(model, quiet, max_positions=1000, history=history)
+        torch.testing.assert_close(
+            states[n, : len(sample.open)], torch.cat(going_on._branches.hidden), rtol=0, atol=1e-4, msg=f"sample {n}"
+        )
 
 
 def test_a_batch_is_bounded_and_its_turns_are_drawn(builder):

@@ -1,0 +1,545 @@
+"""One conversation on a clock of 80 ms: it always listens, also while it speaks, and stops when the user takes over.
+
+Each tick takes 80 ms of the user's sound, decides, and gives what may be sent of the reply. The heavy work lies between
+ticks, in steps that are bounded: one piece of context read again, one block of text written, one block of it spoken.
+
+The LLM's context is in `branches`, whose turn it is in `turn_taking`, what was said in `history`, the way to the user
+in `playback`.
+
+Several conversations on one engine share their steps: `tick`, `read`, `write` and `speak` take a batch of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import minmo_kernels as mk
+from minmo.config import SAMPLE_RATE, TICK, is_real
+from minmo.conversation import steps
+from minmo.conversation import timings as T
+from minmo.conversation.branches import Branches, Reading, read_pieces
+from minmo.conversation.events import (
+    Decision,
+    Event,
+    Fault,
+    Interrupted,
+    ReplyDone,
+    Sound,
+    SpeechStarted,
+    SpeechStopped,
+    TextDelta,
+    TurnTaken,
+)
+from minmo.conversation.history import Exchange, History, heard_tokens
+from minmo.conversation.onset import Onset
+from minmo.conversation.playback import Playback
+from minmo.conversation.settings import Settings
+from minmo.conversation.timings import Clock, Timings
+from minmo.conversation.turn_taking import Floor, Phase, TurnTaking
+from minmo.model import MinMo, MinMoState
+from minmo.state import all_rows, full_lengths
+from minmo.tokenizer.frontend import FRAMES
+from minmo.tokenizer.text import CHAT, TextStream
+
+LONGEST_TURN = 750
+"""Positions of a user's turn (60 s); of a longer one the older half is forgotten."""
+LONGEST_SILENCE, KEPT_SILENCE = 100, 13
+"""Positions of an open turn without a voice, until all but the last second is forgotten."""
+BEFORE_VOICE = 4
+"""Positions that stay in front of the first voice of a turn: 300 ms."""
+AHEAD_MS = 200.0
+"""Sound that is sent ahead of what can have been played."""
+ENOUGH_MS = 600.0
+"""Sound that waits to be sent, beyond which no more is made."""
+
+
+@dataclass
+class _Answer:
+    """A reply that is being made. begins: positions of the reply row before its text; last (1, dim): the state that
+    predicts its next token; block: vectors that wait to be spoken."""
+
+    number: int
+    generation: int
+    begins: int
+    last: Tensor
+    exchange: Exchange
+    clock: Clock
+    text: TextStream
+    ids: list[int] = field(default_factory=list)
+    written: bool = False
+    block: tuple[Tensor, Tensor, int] | None = None
+    spoken: bool = False
+    told: bool = False
+    """Whether its end has been told."""
+    total_ms: float | None = None
+    """All its sound, once it is complete."""
+
+
+class Conversation:
+    """One user's conversation, in two rows of a model's state.
+
+    model: a MinMo, or a FastMinMo, of which it takes two rows. max_positions: LLM context, by default the model's; the
+    oldest exchanges are forgotten where it fills up. ahead_ms: sound that may be sent beyond real time. history: what
+    was said before, which the conversation takes over. Raises ValueError for settings that cannot be, and where a turn
+    would not fit in the context.
+
+    Drive it with `tick` every 80 ms, and with `step` in between while `next_step` names one.
+    """
+
+    def __init__(
+        self,
+        model: MinMo,
+        settings: Settings = Settings(),  # noqa: B008 (frozen)
+        turn_taking: TurnTaking = TurnTaking(),  # noqa: B008 (frozen)
+        *,
+        max_positions: int | None = None,
+        ahead_ms: float = AHEAD_MS,
+        history: History | None = None,
+    ) -> None:
+        max_positions = model.max_positions if max_positions is None else max_positions
+        self.tokenizer = steps.check(model, settings, max_positions)
+        if not is_real(ahead_ms) or not 80 <= ahead_ms <= 10_000:
+            raise ValueError(f"ahead_ms must lie between 80 and 10000 milliseconds, got {ahead_ms!r}")
+        self.model, self.settings = model, settings
+        self.timings = Timings()
+        self.rate = model.config.vocoder.sample_rate
+        """Samples a second of the replies' sound."""
+        (opening, ending), (between, _) = self.tokenizer.turn(CHAT), self.tokenizer.turn(CHAT, first=False)
+        reply = len(ending) + len(between) + settings.max_text_tokens
+        self._longest = min(LONGEST_TURN, (max_positions - len(opening) - reply) // 4)
+        if self._longest < 2:
+            raise ValueError(
+                f"a turn and its reply take {len(opening) + reply + 8} positions or more, but the context holds "
+                f"{max_positions}: raise max_positions, or lower max_text_tokens"
+            )
+        self._floor, self._onset = Floor(turn_taking), Onset()
+        self._playback = Playback(round(ahead_ms * self.rate / 1e3))
+        self._samples = self._replies = self._drawn = 0
+        self._voiced = False
+        self._answer: _Answer | None = None
+        self._interrupted: _Answer | None = None
+        """The newest reply, where it was cut."""
+        self._fault = ""
+        self._seed = settings.seeds(1)[0]
+        voice_positions = 2 + self._longest + (1 + settings.max_speech_ratio) * settings.max_text_tokens
+        self._seats = model.join(2, max_positions, voice_positions)
+        # A turn, its reply and the turn that opens while it is spoken fit behind what is remembered.
+        room = max_positions - reply - 2 * self._longest
+        self._branches = Branches(model, self.tokenizer, self._seats, History() if history is None else history, room)
+        self._finish_reading()
+
+    @property
+    def now_ms(self) -> float:
+        """The user's sound that was heard, in milliseconds: the conversation's clock."""
+        return 1e3 * self._samples / SAMPLE_RATE
+
+    @property
+    def history(self) -> History:
+        return self._branches.history
+
+    @property
+    def phase(self) -> Phase:
+        return self._floor.phase
+
+    @property
+    def voiced(self) -> bool:
+        """Whether a voice was noticed in the open turn."""
+        return self._voiced
+
+    @property
+    def next_step(self) -> str | None:
+        """The work that is due: "read", "write" or "speak", or None."""
+        if self._branches.reading is not None:
+            return "read"
+        answer = self._answer
+        if answer is None or self._playback.queued >= ENOUGH_MS * self.rate / 1e3:
+            return None
+        if answer.block is None and not answer.written:
+            return "write"
+        return "speak" if self.settings.speak and not answer.spoken else None
+
+    def tick(self, samples: np.ndarray) -> list[Event]:
+        """Hears 80 ms: 1280 mono float32 samples of 16 kHz -> what came of it, the tick's Decision included.
+
+        Raises ValueError for another number of samples, and for a conversation that has ended by a fault.
+        """
+        return tick([self], [samples])[0]
+
+    def step(self) -> list[Event]:
+        """Does the work that is due -> what came of it."""
+        due = self.next_step
+        return [] if due is None else STEPS[due]([self])[0]
+
+    @torch.inference_mode()
+    def take_turn(self) -> list[Event]:
+        """Answers what was heard, without waiting for the predictor. Raises ValueError where there is nothing, and
+        RuntimeError while a reply is running."""
+        self._finish_reading()
+        if not self.history.open:
+            raise ValueError("nothing was heard since the last turn: there is nothing to answer")
+        self._floor.take()
+        return self._take()
+
+    @torch.inference_mode()
+    def stop(self) -> list[Event]:
+        """Cuts the reply, as if the user had. Raises RuntimeError where none is running."""
+        self._floor.give_way()
+        return self._cut(by_user=False)
+
+    @torch.inference_mode()
+    def flush(self) -> list[Event]:
+        """Sends what has been made of the reply without waiting for its time, and takes it as heard: for a user whose
+        sound has ended, so that nothing can interrupt it."""
+        answer = self._answer
+        if answer is None:
+            return []
+        events = self._send(self._playback.rest(self._now))
+        if answer.told:
+            self._floor.give_way()
+            self._end(answer, len(answer.ids))
+        return events
+
+    @torch.inference_mode()
+    def played(self, reply: int, ms: float) -> None:
+        """The client has played so much of a reply. Of one that was cut it may still say so, until the next turn is
+        taken: the context is then read again with less of it. Other replies do not matter any more.
+
+        Raises ValueError for more than was sent.
+        """
+        answer = self._answer or self._interrupted
+        if answer is None or answer.number != reply:
+            return
+        self._playback.acknowledge(int(ms * self.rate / 1e3))
+        if answer is self._interrupted and (tokens := self._tokens_heard(answer)) < len(answer.exchange.reply):
+            answer.exchange.reply = answer.ids[:tokens]
+            self._floor.correct()
+            self._branches.reread()
+
+    def check(self) -> None:
+        """Raises RuntimeError in a thread that must not use the engine."""
+        self._seats.check()
+
+    def close(self) -> None:
+        """Ends the conversation; its rows are free."""
+        self._seats.leave()
+
+    # The clock.
+
+    def _ticked(self, position: Tensor, hidden: Tensor, decision: list[float], loudness: float) -> list[Event]:
+        """position, hidden (1, dim): the tick's, which the listening row has read."""
+        answer, stop = decision
+        self._samples += TICK
+        self._branches.hear(position, hidden)
+        if answer != answer or stop != stop:
+            return self._fail(steps.PREDICTOR_FAULT)
+        events = self._heard_voice(loudness)
+        changed = self._floor.hear(answer, stop)
+        events.append(Decision(self.now_ms, answer, stop, self.phase))
+        if changed and self.phase is Phase.TAKING:
+            events += self._take()
+        elif changed:
+            events += self._cut(by_user=True)
+        else:
+            events += self._send(self._playback.send(self._now))
+            if (reply := self._answer) is not None and reply.told and self._playback.over(self._now):
+                self._floor.give_way()
+                self._end(reply, len(reply.ids))
+        longest = self._longest if self._voiced else min(LONGEST_SILENCE, self._longest)
+        if len(self.history.open) >= longest and self._branches.reading is None:
+            self._trim(self._longest // 2 if self._voiced else KEPT_SILENCE)
+        return events
+
+    def _heard_voice(self, loudness: float) -> list[Event]:
+        """Stamps the begin and the end of a voice; a turn's first one drops the silence before it."""
+        if not self._onset.hear(loudness):
+            return []
+        if not self._onset.voice:
+            return [SpeechStopped(self.now_ms, _ms(self._onset.ended))]
+        if not self._voiced and self._branches.reading is None:
+            self._trim((self._samples - (self._onset.began or 0)) // TICK + BEFORE_VOICE)
+        self._voiced = True
+        return [SpeechStarted(self.now_ms, _ms(self._onset.began))]
+
+    def _trim(self, keep: int) -> None:
+        """Forgets all but the last positions of the open turn, of which no more than half a longest turn stays."""
+        self._branches.trim(min(keep, max(1, self._longest // 2)))
+
+    # Turns.
+
+    def _take(self) -> list[Event]:
+        """The open turn is answered: both branches begin."""
+        hidden, positions = torch.cat(self._branches.hidden)[None], torch.cat(self.history.open)[None]
+        exchange, begins, last = self._branches.part()
+        if self.settings.speak:
+            # Speech tokens, mel frames and samples count from 0 in every reply, so each reply has a seed of its own.
+            seeds = torch.tensor([_wrapped(self._seed + (self._replies << 32))], device=self.model.device)
+            query = (hidden, positions, full_lengths(hidden))
+            steps.start_speaking(self.model, self._state.speaking, self._seats.rows[:1], seeds, self.settings, query)
+        self._answer = _Answer(
+            self._replies,
+            self._playback.begin(),
+            begins,
+            last,
+            exchange,
+            Clock(self.timings, self.model.device),
+            TextStream(self.tokenizer),
+        )
+        self._interrupted = None
+        self._replies += 1
+        self._voiced = self._onset.voice
+        return [TurnTaken(self.now_ms, self._answer.number)]
+
+    def _cut(self, by_user: bool) -> list[Event]:
+        """The reply stops here: what the user heard of it stays, and nothing more of it is written, spoken or sent."""
+        answer, playback = self._answer, self._playback
+        if answer is None:
+            return []
+        heard = 1e3 * playback.heard / self.rate
+        playback.drop()
+        self._end(answer, self._tokens_heard(answer))
+        self._interrupted = answer
+        since: list[float | None] = [None, None, None]
+        if self._onset.voice:
+            sounded = playback.last_sent is not None
+            times = (self._now, playback.last_sent if sounded else None, playback.ends if sounded else None)
+            since = [None if t is None else max(0.0, 1e3 * t / self.rate - _ms(self._onset.began)) for t in times]
+        text = self.tokenizer.decode(answer.exchange.reply)
+        return [Interrupted(self.now_ms, answer.number, by_user, text, heard, *since)]
+
+    def _tokens_heard(self, answer: _Answer) -> int:
+        """How many text tokens of a cut reply were heard; of one without sound, all."""
+        if not self.settings.speak:
+            return len(answer.ids)
+        heard = 1e3 * self._playback.heard / self.rate
+        return heard_tokens(len(answer.ids), heard, answer.total_ms, self.history.ms_per_token)
+
+    def _end(self, answer: _Answer, tokens: int) -> None:
+        """The reply is over; so many of its tokens were heard, and go into the context."""
+        answer.exchange.reply = answer.ids[:tokens]
+        self._branches.rejoin(answer.begins + tokens)
+        self._answer = None
+
+    def _fail(self, why: str) -> list[Event]:
+        self._fault = why
+        self._answer = self._branches.reading = None
+        self._playback.drop()
+        return [Fault(self.now_ms, why)]
+
+    # The reply.
+
+    def _wrote(
+        self, answer: _Answer, ids: list[int], block: tuple[Tensor, Tensor], last: Tensor, ended: bool
+    ) -> list[Event]:
+        """The next tokens of a reply, their states and embeddings (1, block, dim), and whether it ended there."""
+        answer.ids += ids
+        answer.last, answer.written = last, ended
+        answer.block = (*block, len(ids)) if self.settings.speak and (ids or ended) else None
+        if ids:
+            answer.clock.mark(T.TO_TEXT)
+        text = answer.text.push(ids) + (answer.text.flush() if ended else "")
+        events: list[Event] = [TextDelta(self.now_ms, answer.number, text)] if text else []
+        if ended and not self.settings.speak:
+            events.append(self._tell(answer))
+            self._floor.give_way()
+            self._end(answer, len(answer.ids))
+        return events
+
+    def _spoke(self, answer: _Answer, sound: np.ndarray, finished: bool) -> list[Event]:
+        if len(sound):
+            answer.clock.mark(T.TO_AUDIO)
+        answer.block, answer.spoken = None, finished
+        self._playback.put(answer.generation, sound, finished)
+        if answer is not self._answer:
+            return []
+        if finished:
+            answer.clock.mark(T.TOTAL)
+            answer.total_ms = 1e3 * (self._playback.sent + self._playback.queued) / self.rate
+            self.history.spoken(len(answer.ids), answer.total_ms)
+        return self._send(self._playback.send(self._now))
+
+    def _send(self, sound: np.ndarray) -> list[Event]:
+        """Sound (n,) of the running reply goes to the user, and the reply's end with its last."""
+        answer, events = self._answer, list[Event]()
+        if answer is None:
+            return events
+        if len(sound):
+            if self.phase is Phase.TAKING:
+                self._floor.speak()
+            events.append(Sound(self.now_ms, answer.number, self._playback.sent - len(sound), sound))
+        if self._playback.all_sent and not answer.told:
+            events.append(self._tell(answer))
+        return events
+
+    def _tell(self, answer: _Answer) -> ReplyDone:
+        answer.told = True
+        return ReplyDone(self.now_ms, answer.number, self.tokenizer.decode(answer.ids))
+
+    def _finish_reading(self) -> None:
+        while self._branches.reading is not None:
+            read([self])
+
+    def _has_read(self, reading: Reading, hidden: Tensor) -> list[Event]:
+        if self._branches.has_read(reading, hidden) and self.phase is Phase.YIELDING:
+            self._floor.listen()
+        return []
+
+    @property
+    def _state(self) -> MinMoState:
+        return self._seats.state
+
+    @property
+    def _now(self) -> int:
+        """The clock in samples of the reply's rate."""
+        return self._samples * self.rate // SAMPLE_RATE
+
+
+@torch.inference_mode()
+def tick(conversations: Sequence[Conversation], sounds: Sequence[np.ndarray]) -> list[list[Event]]:
+    """A tick of several conversations of one engine, each with its 1280 samples -> the events of each."""
+    for conversation, samples in zip(conversations, sounds, strict=True):
+        if conversation._fault:
+            raise ValueError(f"this conversation has ended: {conversation._fault}; begin another")
+        if not isinstance(samples, np.ndarray) or samples.shape != (TICK,) or samples.dtype != np.float32:
+            given = f"{samples.dtype} of shape {samples.shape}" if isinstance(samples, np.ndarray) else type(samples)
+            raise ValueError(f"a tick takes an array of {TICK} float32 samples, got {given}")
+        if not np.isfinite(samples).all():
+            raise ValueError("the sound holds NaN or infinite samples; repair what records it")
+        if len(conversation.history.open) >= conversation._longest:
+            conversation._finish_reading()
+            conversation._trim(conversation._longest // 2)
+    first = conversations[0]
+    model, state, timings = first.model, first._state, first.timings
+    if any(c._state is not state for c in conversations):
+        raise ValueError("only conversations of one FastMinMo share a tick: those of a MinMo have a state each")
+    rows, listening = _rows(conversations), _rows(conversations, listening=True)
+    audio = torch.from_numpy(np.stack(sounds)).to(model.device)
+    flows = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
+    positions, counts, mel = steps.hear(model, state.hearing, rows, audio, full_lengths(audio), flows, timings)
+    with timings.measure(T.LISTEN, model.device):
+        hidden, _, _ = model.llm.step(positions, counts, state.llm, listening)
+        decisions = steps.decide(model, state.duplex, rows, hidden, counts)[:, 0].tolist()
+    loudness = mel[:, :FRAMES].float().mean(dim=(1, 2)).tolist()
+    return [
+        conversation._ticked(positions[n], hidden[n], decisions[n], loudness[n])
+        for n, conversation in enumerate(conversations)
+    ]
+
+
+@torch.inference_mode()
+def read(conversations: Sequence[Conversation]) -> list[list[Event]]:
+    """Reads the next piece of context of several conversations whose next step is "read"."""
+    first = conversations[0]
+    rows = _rows(conversations, listening=False)
+    readings = [c._branches.reading for c in conversations if c._branches.reading is not None]
+    pieces = [c._branches.next_piece(reading) for c, reading in zip(conversations, readings, strict=True)]
+    with first.timings.measure(T.PREFILL, first.model.device):
+        hidden = read_pieces(first.model, first._state.llm, rows, pieces)
+    return [c._has_read(r, states) for c, r, states in zip(conversations, readings, hidden, strict=True)]
+
+
+@torch.inference_mode()
+def write(conversations: Sequence[Conversation]) -> list[list[Event]]:
+    """Writes the next block of text of several conversations whose next step is "write"."""
+    first = conversations[0]
+    model, state, end = first.model, first._state, first.tokenizer.end_of_turn
+    device, size = model.device, len(conversations)
+    answers = [c._answer for c in conversations if c._answer is not None]
+    rows = _rows(conversations, listening=False)
+    settings = [c.settings for c in conversations]
+    seeds = torch.tensor([c._seed for c in conversations], device=device)
+    sampling = (
+        torch.tensor([s.temperature for s in settings], device=device),
+        torch.tensor([s.top_k for s in settings], dtype=torch.int32, device=device),
+        torch.tensor([s.top_p for s in settings], device=device),
+    )
+    # Of the control tokens a reply may only draw the one that ends it.
+    control = [i for i in first.tokenizer.special_ids if i != end]
+    banned = torch.tensor(control, dtype=torch.int32, device=device).expand(size, -1)
+    last = torch.cat([answer.last for answer in answers])
+    states, embeddings = [], []
+    ids: list[list[int]] = [[] for _ in range(size)]
+    writing, broken = [True] * size, [False] * size
+    for _ in range(model.config.voice_decoder.semantic_block):
+        full = [len(a.ids) + len(i) >= s.max_text_tokens for a, i, s in zip(answers, ids, settings, strict=True)]
+        writing = [w and not f for w, f in zip(writing, full, strict=True)]
+        for conversation in conversations:
+            conversation._drawn += 1
+        logits = model.llm.logits(last)
+        broken = [b or (w and n) for b, w, n in zip(broken, writing, logits.isnan().any(dim=1).tolist(), strict=True)]
+        writing = [w and not b for w, b in zip(writing, broken, strict=True)]
+        some = torch.where(torch.tensor(writing, device=device), all_rows(size, device), -1).to(torch.int32)
+        drawn = torch.tensor([c._drawn for c in conversations], device=device)
+        token = mk.sample_token(logits, some, seeds, drawn, *sampling, banned=banned, stream=steps.TEXT_STREAM).tolist()
+        writing = [w and t != end for w, t in zip(writing, token, strict=True)]
+        for new, t, w in zip(ids, token, writing, strict=True):
+            new += [t] * w
+        x = model.llm.embed(torch.tensor([t if w else 0 for t, w in zip(token, writing, strict=True)], device=device))
+        states.append(last)
+        embeddings.append(x)
+        if not any(writing):
+            break
+        writes = torch.tensor(writing, device=device)
+        counts = writes.to(torch.int32)
+        hidden, _, _ = model.llm.step(x[:, None], counts, state.llm, torch.where(writes, rows, -1).to(torch.int32))
+        last = torch.where(writes[:, None], hidden[:, 0], last)
+    short = [0, 0, 0, model.config.voice_decoder.semantic_block - len(states)]
+    pad = torch.nn.functional.pad
+    vectors = pad(torch.stack(states, 1), short), pad(torch.stack(embeddings, 1), short)
+    return [
+        c._fail(steps.TEXT_FAULT)
+        if broken[n]
+        else c._wrote(
+            answers[n], ids[n], (vectors[0][n : n + 1], vectors[1][n : n + 1]), last[n : n + 1], not writing[n]
+        )
+        for n, c in enumerate(conversations)
+    ]
+
+
+@torch.inference_mode()
+def speak(conversations: Sequence[Conversation]) -> list[list[Event]]:
+    """Speaks the next block of several conversations whose next step is "speak"."""
+    first = conversations[0]
+    model, device = first.model, first.model.device
+    answers = [c._answer for c in conversations if c._answer is not None]
+    nothing = torch.zeros(1, model.config.voice_decoder.semantic_block, model.config.llm.dim, device=device)
+    silent = (nothing.to(answers[0].last.dtype),) * 2
+    blocks = [(*silent, 0) if answer.block is None else answer.block for answer in answers]
+    sounds, finished, faults = steps.speak(
+        model,
+        first._state.speaking,
+        _rows(conversations),
+        (torch.cat([b[0] for b in blocks]), torch.cat([b[1] for b in blocks])),
+        torch.tensor([b[2] for b in blocks], dtype=torch.int32, device=device),
+        torch.tensor([answer.written for answer in answers], device=device),
+        answers[0].clock,
+    )
+    ended = finished.tolist()
+    return [
+        c._fail(faults[n]) if n in faults else c._spoke(answers[n], sounds[n], ended[n])
+        for n, c in enumerate(conversations)
+    ]
+
+
+STEPS = {"read": read, "write": write, "speak": speak}
+"""By what `Conversation.next_step` says."""
+
+
+def _rows(conversations: Sequence[Conversation], listening: bool | None = None) -> Tensor:
+    """(batch,) int32: the conversations' own rows, or those of the LLM's branches that listen, or that do not."""
+    branches = [c._branches for c in conversations]
+    rows = [b.own if listening is None else b.listening if listening else b.spare for b in branches]
+    return torch.tensor(rows, dtype=torch.int32, device=conversations[0].model.device)
+
+
+def _ms(samples: int | None) -> float:
+    return 1e3 * (samples or 0) / SAMPLE_RATE
+
+
+def _wrapped(seed: int) -> int:
+    """As a 64-bit integer."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
