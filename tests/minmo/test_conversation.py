@@ -141,7 +141,7 @@ def assert_as_from_scratch(model, conversation, max_positions=300):
 decisions = st.lists(st.sampled_from([NEITHER, NEITHER, NEITHER, TAKE, STOP]), min_size=8, max_size=28)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(decisions=decisions, seed=st.integers(0, 99), fast=st.booleans(), step_every=st.integers(1, 3))
 def test_whatever_happened_the_state_is_as_if_from_scratch(model, engine, decisions, seed, fast, step_every):
     """Turns are taken and replies cut at any time, with work between all ticks or some: in the end the context is what
