@@ -118,8 +118,10 @@ def simulate(conversation: Conversation, sound: np.ndarray, *, realtime: bool = 
             break
         start = len(heard) * TICK
         samples = padded[start : start + TICK] if start < len(padded) else np.zeros(TICK, np.float32)
-        while conversation.next_step and (not realtime or now_ms() < at + TICK_MS):
+        while conversation.next_step:  # one step at least, or a machine that is late would never answer
             receive(conversation.step())
+            if realtime and now_ms() >= at + TICK_MS:
+                break
         if realtime:
             time.sleep(max(0.0, (at + TICK_MS - now_ms()) / 1e3))
         if reply >= 0:
