@@ -137,10 +137,12 @@ class _Run:
             records = stack.enter_context(Records(self.out, first, settings.steps)) if here.rank == 0 else None
             self._training_mode()
             for step in range(first + 1, settings.steps + 1):
-                values, read, fault = self._step(step, batches)
+                values, read, fault, ids = self._step(step, batches)
                 items += read
-                if records and fault:
-                    records.write(step, "skipped", {"why": fault})
+                if fault:
+                    if records:
+                        records.write(step, "skipped", {"why": fault, "items": " ".join(ids)})
+                    self.guard.skip(step, fault, ids)
                 elif records and (step % settings.log_every == 0 or step == settings.steps):
                     passed = time.monotonic() - clock
                     values |= {"seconds": passed, "items_per_second": items / passed}
@@ -167,8 +169,9 @@ class _Run:
             best.score if best else None,
         )
 
-    def _step(self, step: int, batches: Batches) -> tuple[dict[str, float], int, str | None]:
-        """One optimizer step: its values, the items of all processes, and why it was skipped if it was."""
+    def _step(self, step: int, batches: Batches) -> tuple[dict[str, float], int, str | None, list[str]]:
+        """One optimizer step: its values, the number of items of all processes, and where it was skipped why, and
+        which items they were."""
         settings, here, objective = self.settings, self.here, self.objective
         self._seed(step, "loader")
         micro = [next(batches) for _ in range(settings.accumulate)]
@@ -199,11 +202,11 @@ class _Run:
             set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        skipped: list[str] = []
         if fault is not None:
-            ids = [i for theirs in here.of_all([i for _, ids in micro for i in ids]) for i in theirs]
-            self.guard.skip(step, fault, ids)
+            skipped = [i for theirs in here.of_all([i for _, ids in micro for i in ids]) for i in theirs]
         means = {f"loss/{n}": parts[n] / count for n, count in zip(self.names, counts, strict=True) if count}
-        return {"loss": loss, **means, "gradient_norm": float(norm), "lr": lr}, int(items), fault
+        return {"loss": loss, **means, "gradient_norm": float(norm), "lr": lr}, int(items), fault, skipped
 
     def _counts(self, batch: Any) -> list[float]:
         counts = self.objective.counts(batch)

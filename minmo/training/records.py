@@ -55,7 +55,7 @@ class Records:
         if group == "train":
             self._bar.update(self._task, note=f"loss {values['loss']:.4g}")
         if group != "train" or not self.console.is_terminal:
-            shown = ", ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in values.items())
+            shown = ", ".join(f"{k} {v[:200] if isinstance(v, str) else f'{v:.4g}'}" for k, v in values.items())
             self._bar.console.print(f"step {step} {group}: {shown}", markup=False, highlight=False)
 
     def sound(self, step: int, sounds: Mapping[str, tuple[np.ndarray, int]]) -> None:
