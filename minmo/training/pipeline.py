@@ -123,13 +123,13 @@ class _Pipeline:
                 self.say(f"{stage} took {(time.monotonic() - began) / 60:.1f} minutes")
 
     def side_by_side(self, jobs: int, smoke: bool) -> None:
-        """Up to `jobs` stages at a time, first those for which most others wait. Raises TrainingError where one fails;
+        """Up to `jobs` stages at a time, first those with the longest way ahead. Raises TrainingError where one fails;
         the others are stopped then, and go on when all is started again."""
         running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
         with ExitStack() as stack:
             while todo := [stage for stage in self.plans if not self.done(stage)]:
                 ready = [s for s in todo if s not in running and all(map(self.done, self.before(s)))]
-                for stage in sorted(ready, key=self.waiting, reverse=True)[: jobs - len(running)]:
+                for stage in sorted(ready, key=self.ahead, reverse=True)[: jobs - len(running)]:
                     self.say(f"{stage}: {STAGES[stage].goal}")
                     self.prepare(stage, jobs - len(running))
                     child = self.launch(stage, max(1, (os.cpu_count() or 1) // jobs), smoke)
@@ -202,9 +202,11 @@ class _Pipeline:
                 wanted |= set(STAGES[name].after)
         return [name for name in self.plans if name in wanted]
 
-    def waiting(self, stage: str) -> int:
-        """How many stages wait for this one, one after the other."""
-        return max([1 + self.waiting(other) for other in self.plans if stage in STAGES[other].after], default=0)
+    def ahead(self, stage: str) -> int:
+        """Micro-batches of the longest way to the end that leads through this stage."""
+        loop = self.plans[stage].loop
+        after = [self.ahead(other) for other in self.plans if stage in STAGES[other].after]
+        return loop.steps * loop.accumulate + max(after, default=0)
 
     def done(self, stage: str) -> bool:
         return (self.folder(stage) / "model").is_dir()
