@@ -24,7 +24,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def fit(
     Raises ValueError for settings that do not fit, TrainingError where the run cannot begin or go on (a checkpoint of
     another run, too many spikes, a full disk, a dead loader process); the last whole checkpoint then stays.
     """
-    with processes() as here, _keep_random_state(here):
+    with processes() as here, _keep_random_state(here), _alone(Path(out), here):
         try:
             return _Run(objective, loader, settings, Path(out), here, to_save or objective).train(validate, samples)
         except RuntimeError as error:
@@ -269,6 +269,24 @@ class _Run:
             f"{self.settings.steps} steps, {len(skipped)} skipped{f' ({steps})' if skipped else ''}; "
             f"best score {f'{best.score:.6g} at {best.checkpoint.name}' if best else 'not measured'}"
         )
+
+
+@contextmanager
+def _alone(out: Path, here: Processes) -> Iterator[None]:
+    """Holds the folder: a run that goes on there beside this one would write over it."""
+    import fcntl  # where there are no such locks, there is no gloo
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        taken = False
+        if here.rank == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                taken = True
+        if here.of_first(taken):
+            raise TrainingError(f"another process trains in {out}: wait for it, or end it")
+        yield
 
 
 def _keep_random_state(here: Processes) -> Any:
