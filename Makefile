@@ -25,9 +25,10 @@ bench: .venv/bench.installed
 # The nano model from nothing: its corpus, every stage, its scores; hours. Started again, it goes on where it was.
 NANO ?= nano
 nano: .venv/dev.installed
-	.venv/bin/minmo data nano $(NANO)/corpus
+	test -f $(NANO)/corpus/corpus.json || .venv/bin/minmo data nano $(NANO)/corpus
 	.venv/bin/minmo train all --preset nano --jobs 2 --data $(NANO)/corpus -o $(NANO)
-	test -d $(NANO)/float16 || .venv/bin/minmo export $(NANO)/model -o $(NANO)/float16
+	rm -rf $(NANO)/float16
+	.venv/bin/minmo export $(NANO)/model -o $(NANO)/float16
 	.venv/bin/minmo evaluate all --preset $(NANO)/float16 --data $(NANO)/corpus -o $(NANO)/scores.json
 
 # On a machine with a GPU, with its own Python and packages: make gpu STAGE=test|tune|bench|steps|sanitize RESULTS=folder

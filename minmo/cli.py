@@ -338,6 +338,8 @@ def export(
     if output.exists():
         raise ValueError(f"{output} is there already: name a new folder, so that no model is overwritten")
     model = minmo.load(preset, "cpu", dtype)
+    if not model.trained:
+        raise ValueError(f"{preset} has {model.provenance}: there is nothing to export")
     part = output.with_name(f"{output.name}.tmp")
     minmo.save(model, part)
     part.rename(output)

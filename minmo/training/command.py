@@ -54,6 +54,8 @@ def train(
     alone = {"--dry-run": dry_run, "--config": config, "--from": start, "--skip-bad": skip_bad}
     if stage == "all" and any(alone.values()):
         raise ValueError(f"{', '.join(name for name, given in alone.items() if given)}: for one stage, name it")
+    if stage != "all" and jobs > 1:
+        raise ValueError("--jobs is for all stages; processes of one stage are launched by torchrun")
     if stage != "all":
         recipe = load_recipe(config or f"{preset}/{stage}")
         if recipe.stage != stage:

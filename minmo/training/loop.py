@@ -24,7 +24,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def fit(
     Raises ValueError for settings that do not fit, TrainingError where the run cannot begin or go on (a checkpoint of
     another run, too many spikes, a full disk, a dead loader process); the last whole checkpoint then stays.
     """
-    with processes() as here, _keep_random_state(here):
+    with processes() as here, _keep_random_state(here), _alone(Path(out), here):
         try:
             return _Run(objective, loader, settings, Path(out), here, to_save or objective).train(validate, samples)
         except RuntimeError as error:
@@ -137,10 +137,12 @@ class _Run:
             records = stack.enter_context(Records(self.out, first, settings.steps)) if here.rank == 0 else None
             self._training_mode()
             for step in range(first + 1, settings.steps + 1):
-                values, read, fault = self._step(step, batches)
+                values, read, fault, ids = self._step(step, batches)
                 items += read
-                if records and fault:
-                    records.write(step, "skipped", {"why": fault})
+                if fault:
+                    if records:
+                        records.write(step, "skipped", {"why": fault, "items": " ".join(ids)})
+                    self.guard.skip(step, fault, ids)
                 elif records and (step % settings.log_every == 0 or step == settings.steps):
                     passed = time.monotonic() - clock
                     values |= {"seconds": passed, "items_per_second": items / passed}
@@ -167,8 +169,9 @@ class _Run:
             best.score if best else None,
         )
 
-    def _step(self, step: int, batches: Batches) -> tuple[dict[str, float], int, str | None]:
-        """One optimizer step: its values, the items of all processes, and why it was skipped if it was."""
+    def _step(self, step: int, batches: Batches) -> tuple[dict[str, float], int, str | None, list[str]]:
+        """One optimizer step: its values, the number of items of all processes, and where it was skipped why, and
+        which items they were."""
         settings, here, objective = self.settings, self.here, self.objective
         self._seed(step, "loader")
         micro = [next(batches) for _ in range(settings.accumulate)]
@@ -199,11 +202,11 @@ class _Run:
             set_lr(self.optimizer, lr)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        skipped: list[str] = []
         if fault is not None:
-            ids = [i for theirs in here.of_all([i for _, ids in micro for i in ids]) for i in theirs]
-            self.guard.skip(step, fault, ids)
+            skipped = [i for theirs in here.of_all([i for _, ids in micro for i in ids]) for i in theirs]
         means = {f"loss/{n}": parts[n] / count for n, count in zip(self.names, counts, strict=True) if count}
-        return {"loss": loss, **means, "gradient_norm": float(norm), "lr": lr}, int(items), fault
+        return {"loss": loss, **means, "gradient_norm": float(norm), "lr": lr}, int(items), fault, skipped
 
     def _counts(self, batch: Any) -> list[float]:
         counts = self.objective.counts(batch)
@@ -266,6 +269,24 @@ class _Run:
             f"{self.settings.steps} steps, {len(skipped)} skipped{f' ({steps})' if skipped else ''}; "
             f"best score {f'{best.score:.6g} at {best.checkpoint.name}' if best else 'not measured'}"
         )
+
+
+@contextmanager
+def _alone(out: Path, here: Processes) -> Iterator[None]:
+    """Holds the folder: a run that goes on there beside this one would write over it."""
+    import fcntl  # where there are no such locks, there is no gloo
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as lock:
+        taken = False
+        if here.rank == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                taken = True
+        if here.of_first(taken):
+            raise TrainingError(f"another process trains in {out}: wait for it, or end it")
+        yield
 
 
 def _keep_random_state(here: Processes) -> Any:

@@ -115,7 +115,8 @@ def spread(root: nn.Module, blocks: Callable[[], Sequence[nn.Module]], settings:
     mesh = init_device_mesh(here.device.type, (here.world,))
     for module in [*blocks(), root]:
         fully_shard(module, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(root, "sound")
+    for name in ("tally", "sound"):
+        register_fsdp_forward_method(root, name)
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # The loss is normalised over all processes already: gradients are summed, not averaged.

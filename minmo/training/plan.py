@@ -209,7 +209,9 @@ def show_stages(console: Console) -> None:
     for stage in STAGES.values():
         console.print(f"[bold]{stage.name}[/]: {stage.goal} ({stage.source})")
         trains = ", ".join(prefix.rstrip(".") for prefix in stage.trains)
-        console.print(f"  trains {trains}; all else is frozen. losses: {', '.join(stage.losses)}", highlight=False)
+        after = f", after {', '.join(stage.after)}" if stage.after else ""
+        losses = ", ".join(stage.losses)
+        console.print(f"  trains {trains}{after}; all else is frozen. losses: {losses}", highlight=False)
         if (name := f"minmo-8b/{stage.name}") not in shipped:
             console.print(f"  data: {', '.join(stage.tasks)}; no recipe for minmo-8b: unpublished", highlight=False)
             continue

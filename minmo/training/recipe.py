@@ -10,6 +10,7 @@ its encoder, LLM and speech tokenizer come trained, and how is not published.
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import types
 import typing
@@ -88,6 +89,11 @@ class Data:
         if not (1 <= self.buckets <= 1000 and 0 <= self.workers <= 1000):
             raise ValueError("buckets must lie in 1 .. 1000, workers in 0 .. 1000")
 
+    @property
+    def manifests(self) -> tuple[str, ...]:
+        """All that it names."""
+        return (*(self.train or ()), *(self.valid or ()), *(self.rehearse.train if self.rehearse else ()))
+
 
 @dataclass(frozen=True)
 class FlowOptions:
@@ -133,6 +139,14 @@ class Recipe:
         """The stage, with what trains under this recipe."""
         stage = STAGES[self.stage]
         return dataclasses.replace(stage, trains=stage.whole) if self.trainable == "full" else stage
+
+    def to_yaml(self) -> str:
+        """What `load_recipe` reads as this recipe: JSON, which is YAML."""
+
+        def given(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+            return {name: value for name, value in fields if value is not None}
+
+        return json.dumps(dataclasses.asdict(self, dict_factory=given), indent=1) + "\n"
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:

@@ -55,7 +55,7 @@ class Records:
         if group == "train":
             self._bar.update(self._task, note=f"loss {values['loss']:.4g}")
         if group != "train" or not self.console.is_terminal:
-            shown = ", ".join(f"{k} {v if isinstance(v, str) else f'{v:.4g}'}" for k, v in values.items())
+            shown = ", ".join(f"{k} {_short(v) if isinstance(v, str) else f'{v:.4g}'}" for k, v in values.items())
             self._bar.console.print(f"step {step} {group}: {shown}", markup=False, highlight=False)
 
     def sound(self, step: int, sounds: Mapping[str, tuple[np.ndarray, int]]) -> None:
@@ -87,6 +87,10 @@ class Records:
         if lines:
             axes.legend()
         figure.savefig(self._out / CURVE, dpi=100)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def read_log(out: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 OUT/checkpoints    of the loop: what trained, and how to go on (`minmo/training/checkpoints.py`)
 OUT/model          the whole model after the stage (`minmo.load` reads it), the start of the next one
-OUT/heads.pt       parts of the objective that are training's own, for a later stage
+OUT/model/heads.safetensors, symbols.json    parts of the objective that are training's own, for a later stage
+OUT/made_with.json                           the recipe, as far as numbers depend on it
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from lhotse import CutSet
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from minmo import weights
 from minmo.config import load_config
@@ -37,8 +40,9 @@ from minmo.training.objectives.text import TextObjective
 from minmo.training.objectives.tokens import TokenObjective
 from minmo.training.objectives.voice import VoiceObjective
 from minmo.training.recipe import Recipe
+from minmo.training.settings import TrainingError
 
-HEADS, SYMBOLS = "heads.pt", "symbols.json"
+HEADS, SYMBOLS, RECIPE = "heads.safetensors", "symbols.json", "made_with.json"
 KINDS = {
     "encoder": "speech", "speech-tokenizer": "tokens", "flow": "flow", "vocoder": "sound", "voice-lm": "voice",
     "t2s-projector": "voice", "t2s": "voice", "s2s": "voice", "duplex": "duplex",
@@ -80,6 +84,9 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad: b
     torch.manual_seed(settings.seed)
     objective = make_objective(recipe, model, symbols, Path(start))
     with processes() as here:
+        if here.rank == 0:
+            _same_recipe(out, recipe)
+        here.wait()
         builder = Builder(
             model.config, model.tokenizer, recipe.augment,
             settings.seed, symbols, recipe.chunks or (),
@@ -107,7 +114,9 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad: b
             return {}
 
         spread = dataclasses.replace(settings, shard=settings.shard or here.world > 1)
-        checks: dict[str, Any] = {"validate": score, "samples": hear} if valid else {}
+        checks: dict[str, Any] = {"validate": score} if valid else {}
+        if valid and type(objective).sound is not Objective.sound:
+            checks["samples"] = hear
         result = fit(objective, loader, spread, out / "checkpoints", **checks)
         if left or loader.skipped:
             print(describe_skipped(left + loader.skipped))
@@ -119,6 +128,32 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad: b
             export(made, complete, out / "model")
         here.wait()
     return result
+
+
+def decisive(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as far as numbers depend on it, as JSON holds it."""
+    loop = {**recipe.loop.decisive(), "accumulate": recipe.loop.accumulate}
+    data = {k: v for k, v in dataclasses.asdict(recipe.data).items() if k != "workers"}
+    described = {**dataclasses.asdict(recipe), "loop": loop, "data": data}
+    del described["corpora"]
+    return dict(json.loads(json.dumps(described)))
+
+
+def _same_recipe(out: Path, recipe: Recipe) -> None:
+    """Notes what a run is made with. Raises ValueError where one that is there was made with something else."""
+    path, own = out / RECIPE, decisive(recipe)
+    if path.is_file():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if differ := [name for name in {**stored, **own} if stored.get(name) != own.get(name)]:
+            raise ValueError(
+                f"{out} holds a run by another recipe (first difference: {differ[0]}): go on as it began, or give "
+                "another folder"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def make_objective(recipe: Recipe, model: MinMo, symbols: Symbols | None, start: Path) -> Objective:
@@ -162,7 +197,10 @@ def export(objective: Objective, model: MinMo, folder: Path) -> None:
     weights.save(model, part)
     heads = {k: v.cpu() for k, v in objective.state_dict().items() if not k.startswith("model.")}
     if heads:
-        torch.save(heads, part / HEADS)
+        try:
+            save_file(heads, part / HEADS)
+        except SafetensorError as error:
+            raise TrainingError(f"{part / HEADS} could not be written ({error}): make room and start again") from None
     recogniser = getattr(objective, "recogniser", None)
     if recogniser is not None:
         symbols = {"words": recogniser.symbols.words, "characters": recogniser.symbols.characters}
@@ -194,8 +232,8 @@ def _symbols(start: Path, manifests: Sequence[Any]) -> Symbols:
 def _heads(start: Path) -> dict[str, torch.Tensor]:
     path = start / HEADS
     try:
-        return torch.load(path, weights_only=True) if path.is_file() else {}
-    except Exception as error:  # whatever a broken archive makes the reader stumble over
+        return load_file(path) if path.is_file() else {}
+    except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({str(error):.60}); run the stage that wrote it again") from None
 
 

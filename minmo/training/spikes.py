@@ -13,6 +13,8 @@ WINDOW = 100
 """Accepted steps whose median is the measure."""
 ENOUGH = 10
 """Accepted steps before which only what is not finite is a spike."""
+NAMED = 20
+"""Items that a message names, newest batches first."""
 
 
 class SpikeGuard:
@@ -47,10 +49,11 @@ class SpikeGuard:
         self.skipped.append(step)
         self._row.append(ids)
         if len(self._row) >= self._patience:
-            batches = "; ".join(", ".join(batch) for batch in self._row)
+            items = [i for batch in reversed(self._row) for i in batch]
+            named = ", ".join(items[:NAMED]) + (f" and {len(items) - NAMED} more" if len(items) > NAMED else "")
             raise TrainingError(
                 f"training stopped at step {step}: {len(self._row)} in a row were skipped, the last because "
-                f"{fault}; look at their items ({batches}), or lower lr, or raise spike or patience"
+                f"{fault}; look at their items ({named}; all are in log.jsonl), or lower lr, or raise spike or patience"
             )
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 The paper's MinMo starts from trained parts: an encoder, an LLM, a text-to-speech decoder with its speech tokenizer,
 flow and vocoder. Its own stages align them: pre-align, full-align and sft (speech to text), t2s-projector and t2s (text
 to speech), s2s (speech to speech), duplex. A model without such parts is first given them by the stages before those:
-text-lm, encoder, speech-tokenizer, flow, vocoder, and voice-lm.
+text-lm, encoder, speech-tokenizer, vocoder, flow, and voice-lm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Stage:
     whole: tuple[str, ...] = ()
     """As `trains`, under a recipe's `trainable: full`."""
     after: tuple[str, ...] = ()
-    """Stages on whose parts it builds, when a model is trained from nothing."""
+    """Stages on whose parts it builds when a model is trained from nothing: what it reads, what lets it be heard."""
 
 
 OWN = "this project"
@@ -52,18 +52,18 @@ STAGES: dict[str, Stage] = {
             after=("encoder",),
         ),
         Stage(
-            "flow", ("flow.",), ("flow",), ("tts",),
-            "speech tokens to mel frames by flow matching, streamed and whole", "CosyVoice 2", paper=False,
-            after=("speech-tokenizer",),
-        ),
-        Stage(
             "vocoder", ("vocoder.",), ("spectrum", "mel", "pitch"), ("tts",),
             "mel frames to sound", "HiFT (arXiv 2309.09493)", paper=False,
         ),
         Stage(
+            "flow", ("flow.",), ("flow",), ("tts",),
+            "speech tokens to mel frames by flow matching, streamed and whole", "CosyVoice 2", paper=False,
+            after=("speech-tokenizer", "vocoder"),
+        ),
+        Stage(
             "voice-lm", ("voice_decoder.",), ("speech",), ("tts",),
             "text to speech tokens: half in blocks of 5:15, half at once", "CosyVoice 2", paper=False,
-            after=("text-lm", "speech-tokenizer"),
+            after=("text-lm", "speech-tokenizer", "flow"),
         ),
         Stage(
             "pre-align", ("projector.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa"),
@@ -84,7 +84,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             "t2s-projector", ("voice_decoder.output_projector.",), ("speech",), ("tts",),
             "the output projector alone", "paper 3.4, stage 2",
-            after=("sft", "voice-lm", "flow", "vocoder"),
+            after=("sft", "voice-lm"),
         ),
         Stage(
             "t2s", ("voice_decoder.",), ("speech",), ("tts", "instruct-tts"),

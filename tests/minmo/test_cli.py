@@ -7,6 +7,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+import safetensors.torch
 import soundfile
 import soxr
 import torch
@@ -85,13 +86,17 @@ def test_the_other_commands(minmo, tmp_path):
     assert "torch" in report and "streaming_attention" in report and "accepts" in report
 
 
-def test_export_writes_a_model_in_another_dtype(minmo, tmp_path):
-    shown = minmo("export", "-o", tmp_path / "half")
+def test_export_writes_a_model_in_another_dtype(minmo, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    weights.save(weights.untrained(), whole)
+    shown = minmo("export", whole, "-o", tmp_path / "half")
     assert "written:" in shown.out and "MB" in shown.out
-    own, half = weights.load("nano", "cpu"), weights.load(tmp_path / "half", "cpu")
-    for name, tensor in own.state_dict().items():
-        assert torch.equal(half.state_dict()[name], tensor.half().float())
-    minmo("export", "-o", tmp_path / "half", expect=2)
+    own, half = safetensors.torch.load_file(whole / "model.safetensors"), tmp_path / "half" / "model.safetensors"
+    for name, tensor in safetensors.torch.load_file(half).items():
+        assert tensor.dtype == torch.float16 and torch.equal(tensor, own[name].half())
+    minmo("export", whole, "-o", tmp_path / "half", expect=2)
+    monkeypatch.setattr(cli.minmo, "load", lambda *given: weights.untrained())
+    assert "nothing to export" in minmo("export", "-o", tmp_path / "new", expect=2).err
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from minmo.training.parallel import processes
 from minmo.training.recipe import load_recipe, recipes
 from minmo.training.run import _heads, _symbols, run
 from minmo.training.settings import TrainingError
+from minmo.training.stages import STAGES
 from minmo.training.tokenize import tokenize
 
 
@@ -43,37 +45,9 @@ def builder() -> Builder:
 
 
 def test_all_stages_are_one_run(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    done: list[str] = []
-
-    def stage(recipe: Any, start: Path, data: Path, out: Path) -> None:
-        """Adds one to the first number of everything that the stage trains."""
-        done.append(recipe.stage)
-        if len(done) == 3:
-            (out / "model.tmp").mkdir()
-            raise KeyboardInterrupt  # in the middle of writing the model
-        model = weights.load(start, device="cpu")
-        for name, tensor in model.state_dict().items():
-            if name.startswith(recipe.as_run().trains):
-                tensor.view(-1)[0] += 1
-        weights.save(model, out / "model")
-
-    monkeypatch.setattr(pipeline, "run", stage)
-    monkeypatch.setattr(pipeline, "tokenize", lambda *args, **options: None)
-    names = [name.split("/")[1] for name in recipes() if name.startswith("nano/")]
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.run_all("nano", corpus, tmp_path, smoke=True)
-    assert done == names[:3]
-    untrained = weights.load(tmp_path / "00-random" / "model", device="cpu").state_dict()
-    assert all(map(torch.equal, untrained.values(), weights.untrained().state_dict().values()))
-
-    for other in ({"data": corpus.parent}, {"smoke": False}):
-        given = {"data": corpus, "smoke": True} | other
-        with pytest.raises(
-            ValueError, match=r"holds a run by other recipes or on other data \(first of them: text-lm\)"
-        ):
-            pipeline.run_all("nano", out=tmp_path, **given)
-    last = pipeline.run_all("nano", corpus, tmp_path, smoke=True)
-    assert done[3:] == names[2:] and last == tmp_path / "model"
+    begun: dict[str, dict[str, int]] = {}
+    tokenized: list[tuple[str, str]] = []
+    untrained = weights.untrained().state_dict()
 
     def touched(folder: Path) -> dict[str, int]:
         """By how much the first number of each part's first tensor grew."""
@@ -83,33 +57,97 @@ def test_all_stages_are_one_run(corpus: Path, tmp_path: Path, monkeypatch: pytes
         }
         return {part: times for part, times in grown.items() if times}
 
-    # Every stage starts from the parts on which it builds, whatever ran before it.
-    assert touched(tmp_path / "05-vocoder" / "start") == {}
-    assert touched(tmp_path / "04-flow" / "start") == {"encoder": 1, "speech_tokenizer": 1}
-    assert touched(tmp_path / "13-duplex" / "start") == {"llm": 2, "encoder": 3, "projector": 3}
+    def stage(recipe: Any, start: Path, data: Path, out: Path) -> None:
+        """Adds one to the first number of everything that the stage trains."""
+        begun[recipe.stage] = touched(start)
+        if recipe.stage == "speech-tokenizer" and not (out / "model.tmp").is_dir():
+            (out / "model.tmp").mkdir()
+            raise KeyboardInterrupt  # in the middle of writing the model
+        model = weights.load(start, device="cpu")
+        for name, tensor in model.state_dict().items():
+            if name.startswith(recipe.as_run().trains):
+                tensor.view(-1)[0] += 1
+        weights.save(model, out / "model")
+
+    def tokens(manifest: Path, out: Path, model: str, *, jobs: int) -> None:
+        tokenized.append((out.name, Path(model).parent.name.partition("-")[2]))
+        out.parent.mkdir(exist_ok=True)
+        out.touch()
+
+    monkeypatch.setattr(pipeline, "run", stage)
+    monkeypatch.setattr(pipeline, "tokenize", tokens)
+    names = [name.split("/")[1] for name in recipes() if name.startswith("nano/")]
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run_all("nano", corpus, tmp_path, smoke=True)
+    assert list(begun) == names[:3]
+    stored = weights.load(tmp_path / "00-random" / "model", device="cpu").state_dict()
+    assert all(map(torch.equal, untrained.values(), stored.values()))
+
+    for other in ({"data": corpus.parent}, {"smoke": False}):
+        given = {"data": corpus, "smoke": True} | other
+        with pytest.raises(
+            ValueError, match=r"holds a run by other recipes or on other data \(first of them: text-lm\)"
+        ):
+            pipeline.run_all("nano", out=tmp_path, **given)
+    begun.clear()
+    last = pipeline.run_all("nano", corpus, tmp_path, smoke=True)
+    assert list(begun) == names[2:] and last == tmp_path / "model" and not list(tmp_path.glob("*/start"))
+    # Every stage starts from the parts on which it builds, whatever ran before it; tokens are made once.
+    heard = {"encoder": 1, "speech_tokenizer": 1, "vocoder": 1}
+    assert begun["vocoder"] == {} and begun["flow"] == heard
+    assert begun["voice-lm"] == {**heard, "llm": 1, "flow": 1}
+    assert begun["duplex"] == {"llm": 2, "encoder": 3, "projector": 3}
     assert touched(last) == {
-        "llm": 2, "encoder": 3, "projector": 3, "voice_decoder": 4, "duplex": 1, "speech_tokenizer": 1, "flow": 1,
-        "vocoder": 1,
+        **heard, "encoder": 3, "llm": 2, "projector": 3, "flow": 1, "voice_decoder": 4, "duplex": 1
     }  # fmt: skip
+    assert tokenized == [(f"{part}-{task}.jsonl.gz", stage) for task, stage in TOKENIZED for part in ("train", "valid")]
+
+    (folder,) = tmp_path.glob("*-encoder")
+    shutil.rmtree(folder)  # to do it again
+    with pytest.raises(ValueError, match="speech-tokenizer was built on an earlier encoder .* remove the folders"):
+        pipeline.run_all("nano", corpus, tmp_path, smoke=True)
 
 
-def test_stages_side_by_side_are_those_one_after_the_other(corpus: Path, tmp_path: Path) -> None:
-    """Two stages of their own processes, the second of which fails and then goes on."""
+TOKENIZED = ("tts", "flow"), ("s2s", "s2s")
+
+
+def test_stages_stand_after_those_they_build_on() -> None:
+    names = list(STAGES)
+    assert all([names.index(before) < n for n, stage in enumerate(STAGES.values()) for before in stage.after])
+
+
+def test_stages_side_by_side_are_those_one_after_the_other(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three stages of their own processes, the first of which fails while another runs, and then all go on."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # as many threads as here
     with processes() as here:
         plans = {s: pipeline.smoked(load_recipe(f"nano/{s}")) for s in ("text-lm", "encoder", "speech-tokenizer")}
         alone, beside = (pipeline._Pipeline(dict(plans), corpus, tmp_path / name, here) for name in ("a", "b"))
         for own in (alone, beside):
             own.begin("nano")
         alone.in_turn()
-        (beside.folder("speech-tokenizer") / "checkpoints").parent.mkdir()
-        (beside.folder("speech-tokenizer") / "checkpoints").write_text("in the way")
-        with pytest.raises(TrainingError, match="speech-tokenizer failed: .*checkpoints.*start again to go on"):
-            beside.side_by_side(2, smoke=True)
-        (beside.folder("speech-tokenizer") / "checkpoints").unlink()
-        beside.side_by_side(2, smoke=True)
+        broken = beside.folder("encoder") / "checkpoints"
+        broken.parent.mkdir()
+        broken.write_text("in the way")
+        with pytest.raises(TrainingError, match=r"encoder failed: .*checkpoints.* \(see .*log\.txt\)"):
+            beside.side_by_side(2)
+        assert not beside.done("text-lm")  # it was stopped
+        broken.unlink()
+        beside.side_by_side(2)
     for stage in plans:
-        one, other = (weights.load(own.folder(stage) / "model", device="cpu") for own in (alone, beside))
+        one, other = (weights.load(own.model(stage), device="cpu") for own in (alone, beside))
         assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+
+
+def test_a_run_goes_on_by_its_own_recipe(corpus: Path, tmp_path: Path) -> None:
+    recipe = pipeline.smoked(load_recipe("nano/text-lm"))
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    run(recipe, "nano", corpus, tmp_path / "run")
+    other = dataclasses.replace(recipe, loop=dataclasses.replace(recipe.loop, accumulate=2))
+    with pytest.raises(ValueError, match=r"holds a run by another recipe \(first difference: loop\)"):
+        run(other, "nano", corpus, tmp_path / "run")
 
 
 def test_a_stage_says_what_it_cannot_start_from(corpus: Path, tmp_path: Path) -> None:
@@ -122,7 +160,7 @@ def test_a_stage_says_what_it_cannot_start_from(corpus: Path, tmp_path: Path) ->
     bare = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=None))
     with pytest.raises(ValueError, match="names no training manifest: set data.train"):
         run(bare, "nano", corpus, tmp_path / "out")
-    (tmp_path / "heads.pt").write_bytes(b"no archive")
+    (tmp_path / "heads.safetensors").write_bytes(b"no archive")
     (tmp_path / "symbols.json").write_text('{"words": 3}')
     for read in (lambda: _heads(tmp_path), lambda: _symbols(tmp_path, [])):
         with pytest.raises(ValueError, match="is damaged .* run the stage that wrote it again"):

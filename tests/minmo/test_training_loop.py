@@ -32,7 +32,7 @@ from minmo.training import checkpoints
 from minmo.training.checkpoints import best, load_trained, whole
 from minmo.training.loop import LoopSettings, Objective, TrainingError, fit, processes
 from minmo.training.records import read_log
-from minmo.training.spikes import ENOUGH
+from minmo.training.spikes import ENOUGH, SpikeGuard
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:'set_vital' is deprecated"),  # torchdata's
@@ -510,6 +510,15 @@ def batch_of(step):
     return list(slices)[(step - 1) % 3]
 
 
+def test_a_folder_holds_one_run_at_a_time(tmp_path):
+    def again():
+        with pytest.raises(TrainingError, match="another process trains in .*: wait for it, or end it"):
+            fit(Toy(), loader(), settings(), tmp_path)
+        return {"score": 1.0}
+
+    assert fit(Toy(), loader(), settings(), tmp_path, validate=again).score == 1.0
+
+
 def test_too_many_spikes_stop_the_run(tmp_path):
     items = Items()
     items.gain[:] = math.inf
@@ -517,6 +526,16 @@ def test_too_many_spikes_stop_the_run(tmp_path):
         fit(Toy(), loader(items), settings(patience=3), tmp_path)
     assert all(f"item-{i}" in str(error.value) for i in range(ITEMS))
     assert [path.name for path in whole(tmp_path)] == ["step-000002"]
+    skipped = [r["items"].split() for r in read_log(tmp_path) if r["kind"] == "skipped"]
+    assert sorted(i for ids in skipped for i in ids) == sorted(f"item-{i}" for i in range(ITEMS))
+
+
+def test_a_message_names_few_of_many_items():
+    guard = SpikeGuard(10.0, 2)
+    guard.skip(1, "why", ["first"])
+    with pytest.raises(TrainingError, match=r"\(n0, .*, n19 and 6 more; all are in log\.jsonl\)") as error:
+        guard.skip(2, "why", [f"n{i}" for i in range(25)])
+    assert "first" not in str(error.value)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

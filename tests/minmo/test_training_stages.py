@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("lhotse")
 
 from lhotse import CutSet
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from minmo import load, weights
 from minmo.data.manifest import read_manifest
@@ -153,6 +154,9 @@ def test_a_stage_runs_as_the_large_recipe_does(name: str, corpus: Path, tmp_path
     result = run(recipe, "nano", corpus, tmp_path / "run")
     assert result.score is not None and math.isfinite(result.score) and not result.skipped
     assert load(tmp_path / "run" / "model").trained
+    if recipe.stage in ("vocoder", "flow", "t2s"):
+        board = EventAccumulator(str(tmp_path / "run" / "checkpoints" / "tensorboard"))
+        assert len(board.Reload().Tags()["audio"]) == 2
 
 
 def test_speech_is_counted_as_the_decoder_targets_it(corpus: Path) -> None:

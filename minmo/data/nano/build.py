@@ -235,6 +235,7 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
         manifests.setdefault(name, []).append(cut)
 
     answers = {text: _recording(u.id, _path(u, out)) for text, u in corpus.answers.items()}
+    kept = {text for n, text in enumerate(answers) if n % VALID == 0}  # no stage of the voice trains on these
     for part, said in corpus.users.items():
         for sentence, utterance in said:
             for cut in _asked(_recording(utterance.id, _path(utterance, out)), sentence, utterance.voice.id):
@@ -243,12 +244,13 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
                 add(f"{part}-{task}{languages}", cut)
                 if task == "qa" and sentence.reply in answers:
                     spoken = {"target_recording": answers[sentence.reply], "target_recording_unaligned": True}
-                    add(f"{part}-s2s", _cut(cut.recording, f"{cut.id}-s2s", **{**cut.custom, **spoken, "task": "s2s"}))
+                    role = part if part.startswith("test") else "valid" if sentence.reply in kept else "train"
+                    add(f"{role}-s2s", _cut(cut.recording, f"{cut.id}-s2s", **{**cut.custom, **spoken, "task": "s2s"}))
     for n, (instruction, question, text) in enumerate(dict.fromkeys(typed(TYPED))):
         custom = {"task": "text", "instruction": instruction, "source_text": question, "text": text}
         add(f"{'valid' if n % VALID == 0 else 'train'}-text", _typed(f"text-{n}", custom))
-    for n, (text, recording) in enumerate(answers.items()):
-        part = "valid" if n % VALID == 0 else "train"
+    for text, recording in answers.items():
+        part = "valid" if text in kept else "train"
         cut = _cut(recording, f"{recording.id}-tts", task="tts", text=text, language="en", target_recording=recording)
         cut.recording = None  # nobody asks
         add(f"{part}-tts", cut)
