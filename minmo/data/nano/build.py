@@ -246,7 +246,7 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
                     spoken = {"target_recording": answers[sentence.reply], "target_recording_unaligned": True}
                     role = part if part.startswith("test") else "valid" if sentence.reply in kept else "train"
                     add(f"{role}-s2s", _cut(cut.recording, f"{cut.id}-s2s", **{**cut.custom, **spoken, "task": "s2s"}))
-    for n, (instruction, question, text) in enumerate(dict.fromkeys(typed(TYPED))):
+    for n, (instruction, question, text) in enumerate(typed(TYPED)):
         custom = {"task": "text", "instruction": instruction, "source_text": question, "text": text}
         add(f"{'valid' if n % VALID == 0 else 'train'}-text", _typed(f"text-{n}", custom))
     for text, recording in answers.items():

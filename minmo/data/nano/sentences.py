@@ -165,10 +165,13 @@ def _hash(text: str) -> int:
 
 
 def typed(count: int, seed: int = 0) -> list[tuple[str, str, str]]:
-    """(instruction, typed text, assistant's text): every fact of arithmetic twice, and `count` drawn sentences with all
-    that can be asked about them in writing."""
+    """(instruction, typed text, assistant's text): every fact of arithmetic twice, those of times and divided, which
+    are few and asked as often, ten times, and `count` drawn sentences with all that can be asked about them in
+    writing."""
     rng = random.Random(f"{seed} typed")
-    lines = [(CHAT, rng.choice(QUESTIONS).format(problem), answer(problem, result)) for problem, result in facts() * 2]
+    _, _, times, divided, _, _ = OPERATIONS["en"]
+    few = [fact for fact in facts() if f" {times} " in fact[0] or f" {divided} " in fact[0]]
+    lines = [(CHAT, rng.choice(QUESTIONS).format(problem), answer(problem, r)) for problem, r in facts() * 2 + few * 8]
     for language in LANGUAGES:
         for sentence in draw(language, count if language == "en" else count // 4, seed):
             lines += [(i, sentence.said, text) for task, i, text in sentence.tasks() if task != "lid"]
