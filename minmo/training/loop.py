@@ -281,7 +281,7 @@ def _alone(out: Path, here: Processes) -> Iterator[None]:
         taken = False
         if here.rank == 0:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which a killed run's loader does not inherit
             except OSError:
                 taken = True
         if here.of_first(taken):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import minmo
+from minmo import weights
 from minmo.conversation import timings as T
 from minmo.conversation.session import Session
 
@@ -17,7 +18,8 @@ SHORT = minmo.Settings(max_text_tokens=6, max_speech_ratio=3)
 
 @pytest.fixture(scope="module")
 def model():
-    return minmo.load("nano")
+    """With random weights, whose replies are varied."""
+    return weights.untrained("nano")
 
 
 @pytest.fixture(scope="module")
