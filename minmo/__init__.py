@@ -1,7 +1,7 @@
 """MinMo: an open full-duplex voice language model (arXiv 2501.06282).
 
 >>> model = minmo.load("nano")
->>> reply = minmo.talk(model, minmo.load_audio("question.wav"))
+>>> reply = minmo.talk(model, minmo.load_audio("sum.wav"))
 >>> print(reply.text); minmo.save_audio("reply.wav", reply.audio, reply.sample_rate)
 """
 
