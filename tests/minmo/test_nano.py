@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 
 import numpy as np
@@ -32,7 +33,7 @@ def test_it_is_trained_small_and_described(model):
     assert sum(len(file.read_bytes()) for file in files) <= 24_000_000
     assert sum(p.numel() for p in model.parameters()) <= 11_000_000
     card = (ASSETS / "nano" / "README.md").read_text(encoding="utf-8")
-    assert "CC-BY-SA-3.0" in card and "@" not in card
+    assert "CC-BY-SA-3.0" in card and not re.search("@[A-Z]+", card)
 
 
 def test_a_persons_question_is_answered(reply):
