@@ -147,7 +147,7 @@ class _Pipeline:
         running: dict[str, tuple[subprocess.Popen[bytes], int]] = {}
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that stages end with this process
         try:
-            while todo := [stage for stage in self.plans if not self.done(stage)]:
+            while (todo := [stage for stage in self.plans if not self.done(stage)]) or running:
                 ready = [s for s in todo if s not in running and all(map(self.done, self.before(s)))]
                 for stage in sorted(ready, key=self.ahead, reverse=True)[: jobs - len(running)]:
                     log = self.folder(stage) / "log.txt"

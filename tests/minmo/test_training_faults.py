@@ -134,6 +134,7 @@ def test_stages_side_by_side_are_those_one_after_the_other(
             beside.side_by_side(2)
         broken.unlink()
         beside.side_by_side(2)
+    assert not list(beside.out.glob("*/start"))  # all were waited for
     for stage in plans:
         one, other = (weights.load(own.model(stage), device="cpu") for own in (alone, beside))
         assert all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
