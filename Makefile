@@ -3,7 +3,7 @@ PYTHON ?= python3
 .PHONY: demo test lint bench nano gpu
 
 demo: .venv/core.installed
-	.venv/bin/minmo talk minmo/assets/sum.wav -o reply.wav
+	.venv/bin/minmo talk minmo/assets/sum.wav --temperature 0 -o reply.wav
 
 # One thread a process and a process a core: the tensors are small, so threads would only wait for each other. Kernels run
 # through Triton's interpreter in a run of their own: the switch is read when they are imported.
