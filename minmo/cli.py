@@ -399,8 +399,7 @@ def _converse(
     if output is None:
         raise ValueError("--duplex writes both sides into a file: give -o OUT.wav")
     heard = _input(sound, words=False)
-    _check_target(sound, output)
-    log = minmo.audio.check_output(output).with_suffix(".jsonl")
+    log = _check_target(sound, output).with_suffix(".jsonl")
     model = _load(preset, device, dtype)
     conversation = Conversation(model, settings, turn_taking)
     found = simulate(conversation, np.asarray(heard), realtime=not fast)
@@ -420,11 +419,12 @@ def _converse(
     out.print(f"written: {output}, {log}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _check_target(turn: str, output: Path) -> None:
-    """Raises ValueError where the reply would be written over its input."""
-    minmo.audio.check_output(output)
+def _check_target(turn: str, output: Path) -> Path:
+    """The file to write. Raises ValueError where the reply would be written over its input."""
+    file = minmo.audio.check_output(output)
     if output.exists() and os.path.exists(turn) and output.samefile(turn):
         raise ValueError(f"{output} is the input; write the reply to another file")
+    return file
 
 
 def _input(turn: str, words: bool) -> np.ndarray | str:

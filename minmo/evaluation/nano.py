@@ -108,12 +108,11 @@ def _hearing(run: Run) -> None:
 
 
 def _answering(run: Run) -> None:
-    arithmetic = {answer(problem, result) for problem, result in facts()}
     for part, name in PARTS.items():
         lines = run.material.lines(f"{part}-qa-en")
         heard = _same([x.said for x in lines], run.listener.transcripts(lines))
         right = _same([x.text for x in lines], [reply.text for reply in run.listener.answers(lines)])
-        problem = [x.text in arithmetic for x in lines]
+        problem = _sums([x.text for x in lines])
         both = [h and p for h, p in zip(heard, problem, strict=True)]
         for measure, counted, given in (
             ("arithmetic heard right", heard, problem),
@@ -161,13 +160,12 @@ def _speaking(run: Run) -> None:
 
 def _speech_to_speech(run: Run) -> None:
     judge = run.judges[0]
-    arithmetic = {answer(problem, result) for problem, result in facts()}
     for part, name in PARTS.items():
         lines = run.material.lines(f"{part}-s2s", _english_numbers)
         answered = [judge(sound_of(reply)) for reply in run.listener.answers(lines, speak=True)]
         floor = [judge(_recording(line)) for line in lines]
         texts = [line.text for line in lines]
-        sums = [text in arithmetic for text in texts]
+        sums = _sums(texts)
         for title, heard in ((f"{name}, en", answered), (f"{name}, en, {FLOOR}", floor)):
             words, result = _same(texts, heard, forgive=True), _results_alike(texts, heard)
             for measure, right, given in (
@@ -223,6 +221,12 @@ def _words(texts: Sequence[str], forgive: bool = False) -> list[list[str]]:
 
 def _same(texts: Sequence[str], heard: Sequence[str], forgive: bool = False) -> list[bool]:
     return [a == b for a, b in zip(_words(texts, forgive), _words(heard, forgive), strict=True)]
+
+
+def _sums(texts: Sequence[str]) -> list[bool]:
+    """Which of these answers are facts of the domain's arithmetic."""
+    arithmetic = {answer(problem, result) for problem, result in facts()}
+    return [text in arithmetic for text in texts]
 
 
 def _results_alike(texts: Sequence[str], heard: Sequence[str]) -> list[bool]:

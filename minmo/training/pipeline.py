@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import shutil
 import signal
@@ -31,7 +30,7 @@ from minmo import weights
 from minmo.training.parallel import Processes, processes
 from minmo.training.recipe import Recipe, load_recipe, recipes
 from minmo.training.records import read_log
-from minmo.training.run import HEADS, KINDS, SYMBOLS, decisive, run
+from minmo.training.run import HEADS, KINDS, SYMBOLS, decisive, note, run
 from minmo.training.settings import TrainingError
 from minmo.training.stages import STAGES
 from minmo.training.tokenize import tokenize
@@ -53,12 +52,12 @@ def run_all(preset: str, data: Path, out: Path, *, smoke: bool = False, jobs: in
         raise ValueError(f"there are no recipes for {preset}; known: {', '.join(recipes())}")
     plans = [load_recipe(name) for name in names]
     with processes() as here:
+        if jobs > 1 and here.world > 1:
+            raise ValueError("processes of torchrun take one stage after the other, together: leave --jobs out")
         own = _Pipeline({recipe.stage: smoked(recipe) if smoke else recipe for recipe in plans}, data, out, here)
         if here.rank == 0:
             own.begin(preset)
         here.wait()
-        if jobs > 1 and here.world > 1:
-            raise ValueError("processes of torchrun take one stage after the other, together: leave --jobs out")
         if jobs > 1:
             own.side_by_side(jobs)
         else:
@@ -92,30 +91,14 @@ class _Pipeline:
     def begin(self, preset: str) -> None:
         """Random weights, and what this run is made with. Raises ValueError for a folder whose stages were, or were to
         be, trained by other recipes or on other data, or not in their order."""
-        own = {stage: self.made_with(stage) for stage in self.plans}
-        path = self.out / "stages.json"
-        if path.is_file():
-            try:
-                stored = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):
-                raise ValueError(f"{path} is damaged: remove it if nothing was changed since the run began") from None
-            if differ := [stage for stage in {**stored, **own} if stored.get(stage) != own.get(stage)]:
-                raise ValueError(
-                    f"{self.out} holds a run by other recipes or on other data (first of them: {differ[0]}): "
-                    "go on as it began, or give another folder"
-                )
+        made_with = {stage: self.made_with(stage) for stage in self.plans}
+        note(self.out / "stages.json", made_with, "other recipes or on other data", "first of them")
         for stage in filter(self.done, self.plans):
-            for earlier in self.before(stage):
-                if not self.done(earlier) or self.model(earlier).stat().st_mtime > self.model(stage).stat().st_mtime:
-                    raise ValueError(
-                        f"{self.folder(stage)} was built on an earlier {earlier} than is there now: remove the folders "
-                        f"of all stages after {earlier}"
-                    )
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            part = path.with_suffix(".tmp")
-            part.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
-            part.replace(path)
+            if earlier := self.outdated(stage, self.model(stage)):
+                raise ValueError(
+                    f"{self.folder(stage)} was built on an earlier {earlier} than is there now: remove the folders "
+                    f"of all stages after {earlier}"
+                )
         if not self.random.is_dir():
             part = self.random.with_name("model.tmp")
             weights.save(weights.untrained(preset, "cpu"), part)
@@ -199,12 +182,13 @@ class _Pipeline:
 
     def prepare(self, stage: str, jobs: int) -> None:
         """What the stage starts from, and its manifests with speech tokens, made once by `jobs` processes."""
-        folder = self.folder(stage)
-        self.assemble(self.before(stage), folder / "start", heads="word_ctc" in STAGES[stage].losses)
+        start = self.folder(stage) / "start"
+        if not start.is_dir() or self.outdated(stage, start):  # kept, so that tokens that it has begun to make count
+            self.assemble(self.before(stage), start, heads="word_ctc" in STAGES[stage].losses)
         if KINDS.get(stage) in ("flow", "voice"):
             for name in self.plans[stage].data.manifests:
                 if not (self.source(stage) / name).is_file():
-                    tokenize(self.data / name, self.source(stage) / name, str(folder / "start"), jobs=jobs)
+                    tokenize(self.data / name, self.source(stage) / name, str(start), jobs=jobs)
 
     def finish(self, stage: str) -> None:
         """Says how long it trained, all its parts together, and drops what it began with."""
@@ -238,6 +222,12 @@ class _Pipeline:
             if name in wanted:
                 wanted |= set(STAGES[name].after)
         return [name for name in self.plans if name in wanted]
+
+    def outdated(self, stage: str, folder: Path) -> str | None:
+        """A stage on which it builds whose model is missing, or newer than what was made of it in `folder`."""
+        made = folder.stat().st_mtime
+        earlier = self.before(stage)
+        return next((s for s in earlier if not self.done(s) or self.model(s).stat().st_mtime > made), None)
 
     def ahead(self, stage: str) -> int:
         """Micro-batches of the longest way to the end that leads through this stage."""

@@ -42,7 +42,7 @@ from minmo.training.objectives.voice import VoiceObjective
 from minmo.training.recipe import Recipe
 from minmo.training.settings import TrainingError
 
-HEADS, SYMBOLS, RECIPE = "heads.safetensors", "symbols.json", "made_with.json"
+HEADS, SYMBOLS, MADE_WITH = "heads.safetensors", "symbols.json", "made_with.json"
 KINDS = {
     "encoder": "speech", "speech-tokenizer": "tokens", "flow": "flow", "vocoder": "sound", "voice-lm": "voice",
     "t2s-projector": "voice", "t2s": "voice", "s2s": "voice", "duplex": "duplex",
@@ -85,7 +85,7 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad: b
     objective = make_objective(recipe, model, symbols, Path(start))
     with processes() as here:
         if here.rank == 0:
-            _same_recipe(out, recipe)
+            note(out / MADE_WITH, decisive(recipe), "another recipe", "first difference")
         here.wait()
         builder = Builder(
             model.config, model.tokenizer, recipe.augment,
@@ -139,20 +139,23 @@ def decisive(recipe: Recipe) -> dict[str, Any]:
     return dict(json.loads(json.dumps(described)))
 
 
-def _same_recipe(out: Path, recipe: Recipe) -> None:
-    """Notes what a run is made with. Raises ValueError where one that is there was made with something else."""
-    path, own = out / RECIPE, decisive(recipe)
+def note(path: Path, made_with: dict[str, Any], other: str, first: str) -> None:
+    """Notes in a run's folder what it is made with. Raises ValueError where the note that is there says something else:
+    a run by `other`, with the first key that differs."""
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        if differ := [name for name in {**stored, **own} if stored.get(name) != own.get(name)]:
+        try:
+            stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} is damaged: remove it if nothing was changed since the run began") from None
+        if differ := [key for key in {**stored, **made_with} if stored.get(key) != made_with.get(key)]:
             raise ValueError(
-                f"{out} holds a run by another recipe (first difference: {differ[0]}): go on as it began, or give "
-                "another folder"
+                f"{path.parent} holds a run by {other} ({first}: {differ[0]}): go on as it began, or give another "
+                "folder"
             )
         return
-    out.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".tmp")
-    part.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+    part.write_text(json.dumps(made_with, indent=1) + "\n", encoding="utf-8")
     part.replace(path)
 
 
