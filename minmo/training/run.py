@@ -104,8 +104,15 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad: b
         loader = batches(lessons, builder, settings.seed, d.workers)
         exam = [(joined(valid), d.max_seconds)] if valid else []
 
+        unheard: Counter[str] = Counter()
+        """Of one validation: each reads the same lines."""
+
         def score() -> dict[str, float]:
-            return _validate(objective, batches(exam, plain, 0, 0), here.sum, here.device)
+            examined = batches(exam, plain, 0, 0)
+            found = _validate(objective, examined, here.sum, here.device)
+            unheard.clear()
+            unheard.update(examined.skipped)
+            return found
 
         def hear() -> dict[str, tuple[np.ndarray, int]]:
             for batch, _ in batches(exam, plain, 0, 0):
@@ -118,8 +125,8 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad: b
         if valid and type(objective).sound is not Objective.sound:
             checks["samples"] = hear
         result = fit(objective, loader, spread, out / "checkpoints", **checks)
-        if left or loader.skipped:
-            print(describe_skipped(left + loader.skipped))
+        if skipped := left + loader.skipped + unheard:
+            print(describe_skipped(skipped))
         # Into a model of its own: the one that trained may be spread over many processes.
         complete = weights.load(start, device="cpu")
         made = make_objective(recipe, complete, symbols, Path(start))

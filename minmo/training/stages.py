@@ -92,7 +92,7 @@ STAGES: dict[str, Stage] = {
             after=("t2s-projector",),
         ),
         Stage(
-            "s2s", ("voice_decoder.",), ("speech",), ("s2s",),
+            "s2s", ("voice_decoder.",), ("speech",), ("s2s", "tts"),
             "the same two, on spoken turns: the query embeddings tell how to speak", "paper 3.4, stage 3",
             after=("t2s",),
         ),

@@ -196,6 +196,23 @@ def test_a_batch_of_silence_is_named_by_whichever_process_reads_it(
         list(batches)
 
 
+def test_what_validation_cannot_hear_is_counted_once(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lhotse import CutSet
+
+    lines = list(read_manifest(corpus / "valid-asr.jsonl.gz"))[:2]
+    silence = tmp_path / "silence.flac"
+    soundfile.write(silence, np.zeros(round(lines[0].recording.duration * 16_000)), 16_000)
+    lines[0].recording.sources[0].source = str(silence)
+    CutSet.from_cuts(lines).to_file(tmp_path / "valid.jsonl")
+    recipe = pipeline.smoked(load_recipe("nano/pre-align"))
+    data = dataclasses.replace(recipe.data, valid=(str(tmp_path / "valid.jsonl"),), max_seconds=60.0)
+    loop = dataclasses.replace(recipe.loop, validate_every=1)
+    run(dataclasses.replace(recipe, data=data, loop=loop), "nano", corpus, tmp_path / "run")
+    assert "1 lines were skipped: silent 1" in capsys.readouterr().out
+
+
 def test_tokens_are_made_once_by_one_model(corpus: Path, tmp_path: Path) -> None:
     plain, out = corpus / "valid-tts.jsonl.gz", tmp_path / "tokens.jsonl"
     with pytest.raises(ValueError, match="is the manifest that is read: write to another file"):
