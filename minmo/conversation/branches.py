@@ -42,6 +42,8 @@ class Branches:
         self.model, self.history, self.room = model, history, room
         self.hidden: list[Tensor] = []
         self.reading: Reading | None = None
+        self.opened = False
+        """Whether the listening row holds what precedes the open turn, as from the first reading on."""
         self._tokenizer, self._seats = tokenizer, seats
         self._rows: list[int] = seats.rows.tolist()
         self._listens = 0
@@ -73,8 +75,30 @@ class Branches:
         self.history.open.append(position)
         self.hidden.append(hidden)
 
+    def type(self, ids: list[int]) -> None:
+        """Text goes on with the open turn, and is read at once."""
+        x = self._embed(ids)
+        hidden = self._read(self.listening, x)
+        self.history.open += x.split(1)
+        self.history.typed = True
+        self.hidden += hidden.split(1)
+        rows = self._seats.rows[:1]
+        self.model.duplex.step(hidden[None], full_lengths(hidden[None]), self.state.duplex, rows)
+
+    def clear(self) -> None:
+        """Forgets the open turn."""
+        llm, reading = self.state.llm, self.reading
+        if self.opened:
+            truncate(llm, self.listening, int(llm.lengths[self.listening]) - len(self.hidden))
+        if reading is not None and (more := reading.at - len(reading.before)) > 0:
+            truncate(llm, self.spare, int(llm.lengths[self.spare]) - more)
+            reading.at, reading.hidden = len(reading.before), []
+        self.history.open, self.history.typed, self.hidden = [], False, []
+        self._predict_anew()
+
     def trim(self, keep: int) -> None:
-        """Forgets all but the last `keep` positions of the open turn, which are read again."""
+        """Forgets all but the last `keep` positions of the open turn, of which there are more than none, and reads
+        those again."""
         opened = len(self.history.open)
         if opened <= keep:
             return
@@ -84,16 +108,16 @@ class Branches:
         self.hidden = list(self._read(self.listening, torch.cat(self.history.open)).split(1))
         self._predict_anew()
 
-    def part(self) -> tuple[Exchange, int, Tensor]:
-        """The open turn is to be answered, and the branches part -> its exchange, the reply row's positions before the
-        reply's text, and the state (1, dim) that predicts its first token."""
+    def part(self, number: int) -> tuple[Exchange, int, Tensor]:
+        """The open turn is to be answered by the reply of that number, and the branches part -> its exchange, the reply
+        row's positions before the reply's text, and the state (1, dim) that predicts its first token."""
         llm, ending = self.state.llm, len(self._ending)
         begins = int(llm.lengths[self.listening]) + ending
         hidden = self._read(self.listening, self._embed([*self._ending, *self._between]))
         copy_prefix(llm, self.listening, self.spare, begins)
         self.hidden = []
         self._predict_anew()
-        return self.history.close(), begins, hidden[ending - 1][None]
+        return self.history.close(number), begins, hidden[ending - 1][None]
 
     def rejoin(self, positions: int) -> None:
         """The reply is over, and the first `positions` of its row were heard: it is to become the listening row."""
@@ -122,6 +146,7 @@ class Branches:
         if reading.at < len(reading.before) + len(self.history.open):
             return False
         self._listens, self.reading, self.hidden = 1 - self._listens, None, reading.hidden
+        self.opened = True
         self._predict_anew()
         if int(self.state.llm.lengths[self.listening]) - len(self.hidden) > self.room:
             self.reread(self.room // 2)  # half, so that not every turn from now on forgets another

@@ -4,25 +4,21 @@ Each tick takes 80 ms of the user's sound, decides, and gives what may be sent o
 ticks, in steps that are bounded: one piece of context read again, one block of text written, one block of it spoken.
 
 The LLM's context is in `branches`, whose turn it is in `turn_taking`, what was said in `history`, the way to the user
-in `playback`.
-
-Several conversations on one engine share their steps: `tick`, `read`, `write` and `speak` take a batch of them.
+in `playback`. Several conversations on one engine share their steps: those are in `batch`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-import minmo_kernels as mk
 from minmo.config import SAMPLE_RATE, TICK, is_real
-from minmo.conversation import steps
+from minmo.conversation import batch, steps
 from minmo.conversation import timings as T
-from minmo.conversation.branches import Branches, Reading, read_pieces
+from minmo.conversation.branches import Branches, Reading
 from minmo.conversation.events import (
     Decision,
     Event,
@@ -42,8 +38,7 @@ from minmo.conversation.settings import Settings
 from minmo.conversation.timings import Clock, Timings
 from minmo.conversation.turn_taking import Floor, Phase, TurnTaking
 from minmo.model import MinMo, MinMoState
-from minmo.state import all_rows, full_lengths
-from minmo.tokenizer.frontend import FRAMES
+from minmo.state import full_lengths
 from minmo.tokenizer.text import CHAT, TextStream
 
 LONGEST_TURN = 750
@@ -64,6 +59,8 @@ class _Answer:
     predicts its next token; block: vectors that wait to be spoken."""
 
     number: int
+    settings: Settings
+    seed: int
     generation: int
     begins: int
     last: Tensor
@@ -105,7 +102,7 @@ class Conversation:
         self.tokenizer = steps.check(model, settings, max_positions)
         if not is_real(ahead_ms) or not 80 <= ahead_ms <= 10_000:
             raise ValueError(f"ahead_ms must lie between 80 and 10000 milliseconds, got {ahead_ms!r}")
-        self.model, self.settings = model, settings
+        self.model, self._settings, self._most = model, settings, settings
         self.timings = Timings()
         self.rate = model.config.vocoder.sample_rate
         """Samples a second of the replies' sound."""
@@ -119,19 +116,22 @@ class Conversation:
             )
         self._floor, self._onset = Floor(turn_taking), Onset()
         self._playback = Playback(round(ahead_ms * self.rate / 1e3))
-        self._samples = self._replies = self._drawn = 0
+        self._samples = self._drawn = 0
         self._voiced = False
         self._answer: _Answer | None = None
         self._interrupted: _Answer | None = None
         """The newest reply, where it was cut."""
         self._fault = ""
-        self._seed = settings.seeds(1)[0]
+        self._changed = False
+        """Whether an exchange that precedes the running reply was removed: all is read anew after it."""
+        settings.seeds(1)
+        history = History() if history is None else history
+        self._replies = history.number()
         voice_positions = 2 + self._longest + (1 + settings.max_speech_ratio) * settings.max_text_tokens
         self._seats = model.join(2, max_positions, voice_positions)
         # A turn, its reply and the turn that opens while it is spoken fit behind what is remembered.
         room = max_positions - reply - 2 * self._longest
-        self._branches = Branches(model, self.tokenizer, self._seats, History() if history is None else history, room)
-        self._finish_reading()
+        self._branches = Branches(model, self.tokenizer, self._seats, history, room)
 
     @property
     def now_ms(self) -> float:
@@ -152,6 +152,51 @@ class Conversation:
         return self._voiced
 
     @property
+    def opened(self) -> bool:
+        """Whether what precedes the first turn has been read, which a tick before would do at once."""
+        return self._branches.opened
+
+    @property
+    def settings(self) -> Settings:
+        """How the next reply is drawn. May be changed at any time; the running reply keeps its own. Raises ValueError
+        for a longer reply than the conversation was opened for."""
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: Settings) -> None:
+        steps.check(self.model, settings, 1)
+        settings.seeds(1)
+        for name in ("max_text_tokens", "max_speech_ratio"):
+            wanted, most = getattr(settings, name), getattr(self._most, name)
+            if wanted > most:
+                raise ValueError(f"{name} may be at most {most}, for which the conversation was opened, got {wanted}")
+        self._settings = settings
+
+    @property
+    def turn_taking(self) -> TurnTaking:
+        """Who decides when to answer and when to stop. May be changed at any time."""
+        return self._floor.settings
+
+    @turn_taking.setter
+    def turn_taking(self, turn_taking: TurnTaking) -> None:
+        self._floor.change(turn_taking)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether a reply with sound is running."""
+        return self._answer is not None and self._answer.settings.speak
+
+    @property
+    def buffered_ms(self) -> float:
+        """How long the reply goes on with what has been made of it, by the conversation's clock; 0 before it sounds."""
+        return 1e3 * (max(0, self._playback.ends - self._now) + self._playback.queued) / self.rate
+
+    @property
+    def voice_ended_ms(self) -> float:
+        """Where the last loud sound of the user ended."""
+        return _ms(self._onset.last)
+
+    @property
     def next_step(self) -> str | None:
         """The work that is due: "read", "write" or "speak", or None."""
         if self._branches.reading is not None:
@@ -161,19 +206,19 @@ class Conversation:
             return None
         if answer.block is None and not answer.written:
             return "write"
-        return "speak" if self.settings.speak and not answer.spoken else None
+        return "speak" if answer.settings.speak and not answer.spoken else None
 
     def tick(self, samples: np.ndarray) -> list[Event]:
         """Hears 80 ms: 1280 mono float32 samples of 16 kHz -> what came of it, the tick's Decision included.
 
         Raises ValueError for another number of samples, and for a conversation that has ended by a fault.
         """
-        return tick([self], [samples])[0]
+        return _given(batch.tick([self], [samples]))
 
     def step(self) -> list[Event]:
         """Does the work that is due -> what came of it."""
         due = self.next_step
-        return [] if due is None else STEPS[due]([self])[0]
+        return [] if due is None else _given(batch.STEPS[due]([self]))
 
     @torch.inference_mode()
     def take_turn(self) -> list[Event]:
@@ -184,6 +229,43 @@ class Conversation:
             raise ValueError("nothing was heard since the last turn: there is nothing to answer")
         self._floor.take()
         return self._take()
+
+    @torch.inference_mode()
+    def typed(self, text: str) -> list[Event]:
+        """The user types: the text goes on with the open turn, which `take_turn` answers. Sound without a voice that
+        the turn began with is forgotten. Raises ValueError for a text that is empty, too long or cannot be read."""
+        ids = steps.readable(self.tokenizer, text)
+        opened = len(self.history.open) if self._voiced else 0
+        if opened + len(ids) > self._longest:
+            raise ValueError(
+                f"the turn would take {opened + len(ids)} positions, and it may take {self._longest}: say less at once"
+            )
+        if not self._voiced:
+            self.clear()
+        self._finish_opening()
+        self._branches.type(ids)
+        self._voiced = True
+        return []
+
+    @torch.inference_mode()
+    def clear(self) -> list[Event]:
+        """Forgets the open turn: what was said or typed since the last one was taken."""
+        self._branches.clear()
+        self._voiced = self._onset.voice
+        return []
+
+    @torch.inference_mode()
+    def remove(self, number: int) -> list[Event]:
+        """Forgets the exchange of the reply with that number. Raises ValueError where it is not remembered, and while
+        that reply is running."""
+        if self._answer is not None and self._answer.number == number:
+            raise ValueError(f"reply {number} is running: stop it before its exchange is removed")
+        self.history.remove(number)
+        if self._answer is None:
+            self._floor.correct()
+            self._branches.reread()
+        self._changed = self._answer is not None
+        return []
 
     @torch.inference_mode()
     def stop(self) -> list[Event]:
@@ -249,10 +331,19 @@ class Conversation:
             if (reply := self._answer) is not None and reply.told and self._playback.over(self._now):
                 self._floor.give_way()
                 self._end(reply, len(reply.ids))
-        longest = self._longest if self._voiced else min(LONGEST_SILENCE, self._longest)
+        # Where turns are only taken by request, the user says where they end and begin, and what is in them.
+        whole = self._voiced or self.turn_taking.answer is None
+        longest = self._longest if whole else min(LONGEST_SILENCE, self._longest)
         if len(self.history.open) >= longest and self._branches.reading is None:
-            self._trim(self._longest // 2 if self._voiced else KEPT_SILENCE)
+            self._trim(self._longest // 2 if whole else KEPT_SILENCE)
         return events
+
+    def _make_room(self) -> None:
+        """Before a tick: the beginning has been read, and the open turn has room for one more position."""
+        self._finish_opening()
+        if len(self.history.open) >= self._longest:
+            self._finish_reading()
+            self._trim(self._longest // 2)
 
     def _heard_voice(self, loudness: float) -> list[Event]:
         """Stamps the begin and the end of a voice; a turn's first one drops the silence before it."""
@@ -274,14 +365,17 @@ class Conversation:
     def _take(self) -> list[Event]:
         """The open turn is answered: both branches begin."""
         hidden, positions = torch.cat(self._branches.hidden)[None], torch.cat(self.history.open)[None]
-        exchange, begins, last = self._branches.part()
+        exchange, begins, last = self._branches.part(self._replies)
+        seed = self.settings.seeds(1)[0]
         if self.settings.speak:
             # Speech tokens, mel frames and samples count from 0 in every reply, so each reply has a seed of its own.
-            seeds = torch.tensor([_wrapped(self._seed + (self._replies << 32))], device=self.model.device)
+            seeds = torch.tensor([_wrapped(seed + (self._replies << 32))], device=self.model.device)
             query = (hidden, positions, full_lengths(hidden))
             steps.start_speaking(self.model, self._state.speaking, self._seats.rows[:1], seeds, self.settings, query)
         self._answer = _Answer(
             self._replies,
+            self.settings,
+            seed,
             self._playback.begin(),
             begins,
             last,
@@ -313,7 +407,7 @@ class Conversation:
 
     def _tokens_heard(self, answer: _Answer) -> int:
         """How many text tokens of a cut reply were heard; of one without sound, all."""
-        if not self.settings.speak:
+        if not answer.settings.speak:
             return len(answer.ids)
         heard = 1e3 * self._playback.heard / self.rate
         return heard_tokens(len(answer.ids), heard, answer.total_ms, self.history.ms_per_token)
@@ -321,8 +415,11 @@ class Conversation:
     def _end(self, answer: _Answer, tokens: int) -> None:
         """The reply is over; so many of its tokens were heard, and go into the context."""
         answer.exchange.reply = answer.ids[:tokens]
-        self._branches.rejoin(answer.begins + tokens)
-        self._answer = None
+        if self._changed:
+            self._branches.reread()
+        else:
+            self._branches.rejoin(answer.begins + tokens)
+        self._answer, self._changed = None, False
 
     def _fail(self, why: str) -> list[Event]:
         self._fault = why
@@ -332,18 +429,21 @@ class Conversation:
 
     # The reply.
 
-    def _wrote(
-        self, answer: _Answer, ids: list[int], block: tuple[Tensor, Tensor], last: Tensor, ended: bool
-    ) -> list[Event]:
-        """The next tokens of a reply, their states and embeddings (1, block, dim), and whether it ended there."""
+    def _wrote(self, answer: _Answer, block: steps.Block, entry: int, drawn: int) -> list[Event]:
+        """The next tokens of a reply are an entry of a block; `drawn` counts all tokens since the beginning."""
+        self._drawn = drawn
+        if block.broken[entry]:
+            return self._fail(steps.TEXT_FAULT)
+        ids, ended = block.ids[entry], block.ended[entry]
+        hidden, embeddings = (v[entry : entry + 1] for v in block.vectors)
         answer.ids += ids
-        answer.last, answer.written = last, ended
-        answer.block = (*block, len(ids)) if self.settings.speak and (ids or ended) else None
+        answer.last, answer.written = block.last[entry : entry + 1], ended
+        answer.block = (hidden, embeddings, len(ids)) if answer.settings.speak and (ids or ended) else None
         if ids:
             answer.clock.mark(T.TO_TEXT)
         text = answer.text.push(ids) + (answer.text.flush() if ended else "")
         events: list[Event] = [TextDelta(self.now_ms, answer.number, text)] if text else []
-        if ended and not self.settings.speak:
+        if ended and not answer.settings.speak:
             events.append(self._tell(answer))
             self._floor.give_way()
             self._end(answer, len(answer.ids))
@@ -381,7 +481,11 @@ class Conversation:
 
     def _finish_reading(self) -> None:
         while self._branches.reading is not None:
-            read([self])
+            _given(batch.read([self]))
+
+    def _finish_opening(self) -> None:
+        if not self.opened:
+            self._finish_reading()
 
     def _has_read(self, reading: Reading, hidden: Tensor) -> list[Event]:
         if self._branches.has_read(reading, hidden) and self.phase is Phase.YIELDING:
@@ -398,142 +502,12 @@ class Conversation:
         return self._samples * self.rate // SAMPLE_RATE
 
 
-@torch.inference_mode()
-def tick(conversations: Sequence[Conversation], sounds: Sequence[np.ndarray]) -> list[list[Event]]:
-    """A tick of several conversations of one engine, each with its 1280 samples -> the events of each."""
-    for conversation, samples in zip(conversations, sounds, strict=True):
-        if conversation._fault:
-            raise ValueError(f"this conversation has ended: {conversation._fault}; begin another")
-        if not isinstance(samples, np.ndarray) or samples.shape != (TICK,) or samples.dtype != np.float32:
-            given = f"{samples.dtype} of shape {samples.shape}" if isinstance(samples, np.ndarray) else type(samples)
-            raise ValueError(f"a tick takes an array of {TICK} float32 samples, got {given}")
-        if not np.isfinite(samples).all():
-            raise ValueError("the sound holds NaN or infinite samples; repair what records it")
-        if len(conversation.history.open) >= conversation._longest:
-            conversation._finish_reading()
-            conversation._trim(conversation._longest // 2)
-    first = conversations[0]
-    model, state, timings = first.model, first._state, first.timings
-    if any(c._state is not state for c in conversations):
-        raise ValueError("only conversations of one FastMinMo share a tick: those of a MinMo have a state each")
-    rows, listening = _rows(conversations), _rows(conversations, listening=True)
-    audio = torch.from_numpy(np.stack(sounds)).to(model.device)
-    flows = torch.zeros(len(rows), dtype=torch.bool, device=model.device)
-    positions, counts, mel = steps.hear(model, state.hearing, rows, audio, full_lengths(audio), flows, timings)
-    with timings.measure(T.LISTEN, model.device):
-        hidden, _, _ = model.llm.step(positions, counts, state.llm, listening)
-        decisions = steps.decide(model, state.duplex, rows, hidden, counts)[:, 0].tolist()
-    loudness = mel[:, :FRAMES].float().mean(dim=(1, 2)).tolist()
-    return [
-        conversation._ticked(positions[n], hidden[n], decisions[n], loudness[n])
-        for n, conversation in enumerate(conversations)
-    ]
-
-
-@torch.inference_mode()
-def read(conversations: Sequence[Conversation]) -> list[list[Event]]:
-    """Reads the next piece of context of several conversations whose next step is "read"."""
-    first = conversations[0]
-    rows = _rows(conversations, listening=False)
-    readings = [c._branches.reading for c in conversations if c._branches.reading is not None]
-    pieces = [c._branches.next_piece(reading) for c, reading in zip(conversations, readings, strict=True)]
-    with first.timings.measure(T.PREFILL, first.model.device):
-        hidden = read_pieces(first.model, first._state.llm, rows, pieces)
-    return [c._has_read(r, states) for c, r, states in zip(conversations, readings, hidden, strict=True)]
-
-
-@torch.inference_mode()
-def write(conversations: Sequence[Conversation]) -> list[list[Event]]:
-    """Writes the next block of text of several conversations whose next step is "write"."""
-    first = conversations[0]
-    model, state, end = first.model, first._state, first.tokenizer.end_of_turn
-    device, size = model.device, len(conversations)
-    answers = [c._answer for c in conversations if c._answer is not None]
-    rows = _rows(conversations, listening=False)
-    settings = [c.settings for c in conversations]
-    seeds = torch.tensor([c._seed for c in conversations], device=device)
-    sampling = (
-        torch.tensor([s.temperature for s in settings], device=device),
-        torch.tensor([s.top_k for s in settings], dtype=torch.int32, device=device),
-        torch.tensor([s.top_p for s in settings], device=device),
-    )
-    # Of the control tokens a reply may only draw the one that ends it.
-    control = [i for i in first.tokenizer.special_ids if i != end]
-    banned = torch.tensor(control, dtype=torch.int32, device=device).expand(size, -1)
-    last = torch.cat([answer.last for answer in answers])
-    states, embeddings = [], []
-    ids: list[list[int]] = [[] for _ in range(size)]
-    writing, broken = [True] * size, [False] * size
-    for _ in range(model.config.voice_decoder.semantic_block):
-        full = [len(a.ids) + len(i) >= s.max_text_tokens for a, i, s in zip(answers, ids, settings, strict=True)]
-        writing = [w and not f for w, f in zip(writing, full, strict=True)]
-        for conversation in conversations:
-            conversation._drawn += 1
-        logits = model.llm.logits(last)
-        broken = [b or (w and n) for b, w, n in zip(broken, writing, logits.isnan().any(dim=1).tolist(), strict=True)]
-        writing = [w and not b for w, b in zip(writing, broken, strict=True)]
-        some = torch.where(torch.tensor(writing, device=device), all_rows(size, device), -1).to(torch.int32)
-        drawn = torch.tensor([c._drawn for c in conversations], device=device)
-        token = mk.sample_token(logits, some, seeds, drawn, *sampling, banned=banned, stream=steps.TEXT_STREAM).tolist()
-        writing = [w and t != end for w, t in zip(writing, token, strict=True)]
-        for new, t, w in zip(ids, token, writing, strict=True):
-            new += [t] * w
-        x = model.llm.embed(torch.tensor([t if w else 0 for t, w in zip(token, writing, strict=True)], device=device))
-        states.append(last)
-        embeddings.append(x)
-        if not any(writing):
-            break
-        writes = torch.tensor(writing, device=device)
-        counts = writes.to(torch.int32)
-        hidden, _, _ = model.llm.step(x[:, None], counts, state.llm, torch.where(writes, rows, -1).to(torch.int32))
-        last = torch.where(writes[:, None], hidden[:, 0], last)
-    short = [0, 0, 0, model.config.voice_decoder.semantic_block - len(states)]
-    pad = torch.nn.functional.pad
-    vectors = pad(torch.stack(states, 1), short), pad(torch.stack(embeddings, 1), short)
-    return [
-        c._fail(steps.TEXT_FAULT)
-        if broken[n]
-        else c._wrote(
-            answers[n], ids[n], (vectors[0][n : n + 1], vectors[1][n : n + 1]), last[n : n + 1], not writing[n]
-        )
-        for n, c in enumerate(conversations)
-    ]
-
-
-@torch.inference_mode()
-def speak(conversations: Sequence[Conversation]) -> list[list[Event]]:
-    """Speaks the next block of several conversations whose next step is "speak"."""
-    first = conversations[0]
-    model, device = first.model, first.model.device
-    answers = [c._answer for c in conversations if c._answer is not None]
-    nothing = torch.zeros(1, model.config.voice_decoder.semantic_block, model.config.llm.dim, device=device)
-    silent = (nothing.to(answers[0].last.dtype),) * 2
-    blocks = [(*silent, 0) if answer.block is None else answer.block for answer in answers]
-    sounds, finished, faults = steps.speak(
-        model,
-        first._state.speaking,
-        _rows(conversations),
-        (torch.cat([b[0] for b in blocks]), torch.cat([b[1] for b in blocks])),
-        torch.tensor([b[2] for b in blocks], dtype=torch.int32, device=device),
-        torch.tensor([answer.written for answer in answers], device=device),
-        answers[0].clock,
-    )
-    ended = finished.tolist()
-    return [
-        c._fail(faults[n]) if n in faults else c._spoke(answers[n], sounds[n], ended[n])
-        for n, c in enumerate(conversations)
-    ]
-
-
-STEPS = {"read": read, "write": write, "speak": speak}
-"""By what `Conversation.next_step` says."""
-
-
-def _rows(conversations: Sequence[Conversation], listening: bool | None = None) -> Tensor:
-    """(batch,) int32: the conversations' own rows, or those of the LLM's branches that listen, or that do not."""
-    branches = [c._branches for c in conversations]
-    rows = [b.own if listening is None else b.listening if listening else b.spare for b in branches]
-    return torch.tensor(rows, dtype=torch.int32, device=conversations[0].model.device)
+def _given(outcomes: list[batch.Outcome]) -> list[Event]:
+    """What came of a step for the only conversation in it."""
+    (outcome,) = outcomes
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _ms(samples: int | None) -> float:

@@ -45,6 +45,16 @@ class TurnTaken(Event):
 
 
 @dataclass(frozen=True)
+class UserText(Event):
+    """What the user said in the turn that a reply answers; where it could not be transcribed, the empty text and why.
+    Comes when there is time for it, perhaps after the reply."""
+
+    reply: int
+    text: str
+    fault: str = ""
+
+
+@dataclass(frozen=True)
 class TextDelta(Event):
     """The next words of a reply, which run ahead of its sound."""
 

@@ -7,11 +7,14 @@ The user's sound is kept as projector outputs, so that it can be read again with
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from minmo.conversation.settings import Settings
+from minmo.conversation.steps import check, readable
 from minmo.data.duplex import listening_context
 from minmo.model import MinMo
 from minmo.tokenizer.text import TextTokenizer
@@ -22,10 +25,13 @@ MS_PER_TOKEN = 300.0
 
 @dataclass
 class Exchange:
-    """A turn of the user's, LLM positions of sound (n, dim), and the text tokens that were heard of its reply."""
+    """A turn of the user's, LLM positions (n, dim) of sound or typed text, the text tokens that were heard of its
+    reply, and the reply's number. typed: whether some of the turn was."""
 
     user: Tensor = field(repr=False)
     reply: list[int]
+    number: int = -1
+    typed: bool = False
 
 
 class History:
@@ -34,12 +40,38 @@ class History:
     def __init__(self) -> None:
         self.exchanges: list[Exchange] = []
         self.open: list[Tensor] = []
+        self.typed = False
+        """Whether some of the open turn was typed."""
         self._spoken_ms, self._spoken_tokens = 0.0, 0
 
-    def close(self) -> Exchange:
-        """The open turn is answered: an exchange, as yet without a reply; another turn opens."""
-        self.exchanges.append(Exchange(torch.cat(self.open), []))
-        self.open = []
+    @classmethod
+    def of_texts(cls, model: MinMo, texts: Sequence[tuple[str, str]]) -> History:
+        """A history from what the user and the assistant said, as if all of it had been typed. Raises ValueError for a
+        text that the model cannot read."""
+        history, tokenizer = cls(), check(model, Settings(), 1)
+        for user, reply in texts:
+            ids = torch.tensor(readable(tokenizer, user), device=model.device)
+            heard = readable(tokenizer, reply) if reply else []
+            history.exchanges.append(Exchange(model.llm.embed(ids), heard, typed=True))
+        return history
+
+    def number(self) -> int:
+        """Numbers the exchanges from 0 -> the next one's number."""
+        for number, exchange in enumerate(self.exchanges):
+            exchange.number = number
+        return len(self.exchanges)
+
+    def remove(self, number: int) -> None:
+        """Forgets the exchange of a reply. Raises ValueError where it is not remembered."""
+        kept = [exchange for exchange in self.exchanges if exchange.number != number]
+        if len(kept) == len(self.exchanges):
+            raise ValueError(f"the exchange of reply {number} is not remembered: it was forgotten, or never was")
+        self.exchanges = kept
+
+    def close(self, number: int) -> Exchange:
+        """The open turn is answered by the reply of that number: an exchange, as yet without it; another turn opens."""
+        self.exchanges.append(Exchange(torch.cat(self.open), [], number, self.typed))
+        self.open, self.typed = [], False
         return self.exchanges[-1]
 
     def layout(self, tokenizer: TextTokenizer) -> tuple[list[int], list[int]]:

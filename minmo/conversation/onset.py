@@ -33,6 +33,11 @@ class Onset:
         self._ticks = 0
         self._last_loud = 0
 
+    @property
+    def last(self) -> int:
+        """Samples of 16 kHz where the last loud tick ended."""
+        return self._last_loud * TICK
+
     def hear(self, loudness: float) -> bool:
         """Takes one tick's mean log-mel -> whether a voice began or ended with it, as `voice` says."""
         self._floor = loudness if self._floor is None else min(loudness, self._floor + RISE)

@@ -1,9 +1,12 @@
 """Many conversations on one engine: one thread computes, and whose work is due first goes first.
 
-Ticks that are due share a batch and come before everything; after each such batch, one bounded step of other work is
-done, so that no tick waits for more than one step and no reply waits for ever. Of the other work goes first what has
-the nearest deadline: a block of text or sound when the reply's sound will have run out, context to be read again half a
-second after it became due. Sound that comes faster than real time is heard when nothing else is due.
+Ticks that are due share a batch and come before everything; after each such batch comes one bounded step of other work,
+so that no tick waits for more than one step and no reply waits for ever. Of the other work goes first what has the
+nearest deadline: a block of text or sound when the reply's sound will have run out, context to be read again half a
+second after it became due. A step takes in others of its kind while it stays within its bound. Sound that comes faster
+than real time is heard when nothing is due, and transcripts are written when nothing waits at all.
+
+Late input is processed, none is dropped, and what a conversation tells comes in its order, whoever else is served.
 """
 
 from __future__ import annotations
@@ -14,17 +17,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from minmo.config import SAMPLE_RATE, TICK
-from minmo.conversation import conversation as together
+from minmo.config import SAMPLE_RATE, TICK, is_whole
+from minmo.conversation import batch
+from minmo.conversation.budget import TICK_MS, Budget
 from minmo.conversation.conversation import Conversation
-from minmo.conversation.events import Event, Fault
+from minmo.conversation.events import Event, Fault, Interrupted, Sound, TurnTaken, UserText
 from minmo.conversation.history import History
 from minmo.conversation.settings import Settings
+from minmo.conversation.statistics import Meter, Statistics
+from minmo.conversation.transcripts import Transcriber
 from minmo.conversation.turn_taking import TurnTaking
 from minmo.conversation.verbs import check_sound
 from minmo.fast.engine import FastMinMo
@@ -36,7 +42,9 @@ MOST_WAITING_S = 60.0
 BURST_S = 1.0
 """Sound that may come at once and still counts as real time: what a network holds back and then lets go."""
 READ_S = 0.5
-"""When context that is to be read again should have been."""
+"""From when context is to be read, or text without sound written, until it should have been."""
+BOUND_MS = TICK_MS / 2
+"""How long a step may get by others' sharing it."""
 
 Action = Callable[[Conversation], list[Event]]
 
@@ -54,21 +62,39 @@ class _Tick:
 
 
 @dataclass(frozen=True, eq=False)
-class _Request:
-    """Something to be done with a conversation, and who waits for it."""
+class _Call:
+    """Something for the engine's thread to do, and who waits for its result."""
 
-    action: Action
-    future: Future[list[Event]]
+    run: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+
+    def __call__(self) -> None:
+        if self.future.set_running_or_notify_cancel():
+            try:
+                self.future.set_result(self.run())
+            except Exception as error:
+                self.future.set_exception(error)
+
+    def refuse(self, why: str) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(RuntimeError(why))
 
 
 class Line:
     """One conversation of a scheduler, for any thread. Made by `Scheduler.open`."""
 
-    def __init__(self, scheduler: Scheduler, conversation: Conversation, on_events: Callable[[list[Event]], None]):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        conversation: Conversation,
+        on_events: Callable[[list[Event]], None],
+        transcribe: bool,
+    ) -> None:
         self._scheduler, self._conversation, self._on_events = scheduler, conversation, on_events
-        self._telling = threading.RLock()
-        """Held while events are told, so that none is once `close` has returned."""
-        self._inbox: deque[_Tick | _Request] = deque()
+        self._transcribe = transcribe
+        self._wake = scheduler._wake
+        """Guards what follows, which more than one thread touches."""
+        self._inbox: deque[_Tick | _Call] = deque()
         self._pieces: list[np.ndarray] = []
         self._count = 0
         """Samples in `_pieces`: of a tick that is not complete."""
@@ -76,6 +102,16 @@ class Line:
         """When the next tick would be due in real time."""
         self._ended = ""
         """Why it has ended, where it has."""
+        self._telling = threading.RLock()
+        """Held while events are told, so that none is once `close` has returned."""
+        # What the engine's thread alone touches.
+        self._step: str | None = None
+        self._since = 0.0
+        """When `_step` became due."""
+        self._heard = 0.0
+        """When the newest tick that was heard was due."""
+        self._asked = 0.0
+        """From when the first sound of the reply is waited for; 0 once it was told."""
 
     def hear(self, samples: np.ndarray) -> None:
         """The user's sound: 16 kHz mono float32 samples, (n,), of any length.
@@ -83,13 +119,12 @@ class Line:
         Raises AudioError for sound that cannot be heard, Refused where too much waits already (nothing of this is taken
         then), and RuntimeError once the conversation has ended.
         """
-        if len(samples) == 0:
+        if isinstance(samples, np.ndarray) and samples.shape == (0,):
             return
         sound = check_sound(samples)
-        with self._scheduler._wake:
+        with self._wake:
             self._check_open()
-            ticks = sum(isinstance(item, _Tick) for item in self._inbox)
-            waiting = ticks * TICK_S + (self._count + len(sound)) / SAMPLE_RATE
+            waiting = len(self._inbox) * TICK_S + (self._count + len(sound)) / SAMPLE_RATE
             if waiting > MOST_WAITING_S:
                 raise Refused(
                     f"{waiting:.1f} s of sound would wait to be heard, and {MOST_WAITING_S:.0f} s may: send it no "
@@ -99,73 +134,100 @@ class Line:
             self._count += len(sound)
             if self._count >= TICK:
                 whole = np.concatenate(self._pieces)
-                cut = len(whole) // TICK * TICK
-                for start in range(0, cut, TICK):
-                    self._put_tick(whole[start : start + TICK])
-                self._pieces, self._count = [whole[cut:]], len(whole) - cut
-                self._scheduler._wake.notify()
+                rest = len(whole) % TICK
+                self._pieces, self._count = [whole[len(whole) - rest :]], rest
+                self._put(whole[: len(whole) - rest])
 
     def do(self, action: Action, *, after_sound: bool = False) -> Future[list[Event]]:
-        """Runs an action in the engine's thread between batches: its events are told, and are the future's result; an
-        error of its goes to the future, and the conversation goes on.
+        """Runs an action in the engine's thread, before the next batch: its events are told, and are the future's
+        result; an error goes to the future, and the conversation goes on.
 
-        after_sound: once all sound that was given before has been heard, of which an incomplete last tick is filled up
+        after_sound: not before all sound that was given has been heard; of that an incomplete last tick is filled up
         with silence.
         """
-        future: Future[list[Event]] = Future()
-        request = _Request(action, future)
-        with self._scheduler._wake:
+        call = _Call(lambda: self._scheduler._act(self, action))
+        with self._wake:
             if self._ended:
-                future.set_exception(RuntimeError(self._ended))
-                return future
-            if after_sound:
+                call.refuse(self._ended)
+            elif after_sound:
                 if self._count:
                     rest = np.concatenate(self._pieces)
-                    self._put_tick(np.pad(rest, (0, TICK - len(rest))))
                     self._pieces, self._count = [], 0
-                self._inbox.append(request)
+                    self._put(np.pad(rest, (0, TICK - len(rest))))
+                self._inbox.append(call)
             else:
-                self._scheduler._calls.append(lambda: self._scheduler._act(self, request))
-            self._scheduler._wake.notify()
-        return future
+                self._scheduler._calls.append(call)
+            self._wake.notify()
+        return call.future
+
+    def clear(self) -> Future[list[Event]]:
+        """Forgets the open turn, with all sound of it that still waits to be heard."""
+        with self._wake:
+            self._inbox = deque(item for item in self._inbox if isinstance(item, _Call))
+            self._pieces, self._count = [], 0
+            return self.do(Conversation.clear)
 
     def close(self) -> None:
         """Ends the conversation. No event comes after; its rows are free for whatever is opened next."""
-        with self._telling, self._scheduler._wake:
+        with self._telling, self._wake:
             if not self._ended:
                 self._ended = "this conversation was closed: open another"
-                self._scheduler._calls.append(lambda: self._scheduler._end(self))
-                self._scheduler._wake.notify()
+                self._scheduler._calls.append(_Call(lambda: self._scheduler._end(self)))
+                self._wake.notify()
 
-    def _put_tick(self, samples: np.ndarray) -> None:
+    def _put(self, samples: np.ndarray) -> None:
+        """Whole ticks, (n,), are to be heard."""
         now = time.perf_counter()
-        self._inbox.append(_Tick(samples, max(now, self._paced - BURST_S)))
-        self._paced = max(now, self._paced) + TICK_S
+        for tick in samples.reshape(-1, TICK):
+            self._inbox.append(_Tick(tick, max(now, self._paced - BURST_S)))
+            self._paced = max(now, self._paced) + TICK_S
+        self._wake.notify()
 
     def _check_open(self) -> None:
         if self._ended:
             raise RuntimeError(self._ended)
 
+    def _deadline(self, now: float) -> float:
+        """When the step that is due should have been done."""
+        step = self._conversation.next_step
+        if step != self._step:
+            self._step, self._since = step, now
+        if step == "read" or not self._conversation.speaks:
+            return self._since + READ_S
+        buffered = self._conversation.buffered_ms
+        return now + buffered / 1e3 if buffered else self._since
+
 
 class Scheduler:
     """Owns an engine and the one thread that calls it.
 
-    model: a FastMinMo, of which a conversation takes two rows. max_sessions: conversations at once, by default as many
-    as there are rows for. Raises ValueError for a model that serves no batches.
+    model: a FastMinMo, of which a conversation takes two rows, and all transcripts together one. budget: what its steps
+    cost; measured now where none is given, which takes seconds. max_sessions: conversations at once, where that is
+    fewer. Raises ValueError for a model that serves no batches, and for another use of it that goes on.
     """
 
-    def __init__(self, model: FastMinMo, *, budget: Any = None, max_sessions: int | None = None) -> None:
+    def __init__(self, model: FastMinMo, *, budget: Budget | None = None, max_sessions: int | None = None) -> None:
         if not isinstance(model, FastMinMo):
             raise ValueError(f"a scheduler needs a minmo.FastMinMo, got {type(model).__name__}")
-        self.model = model
-        most = model.capacity // 2
-        self.max_sessions = most if max_sessions is None else min(max_sessions, most)
+        if model.capacity < 2:
+            raise ValueError("a conversation takes two rows: make the FastMinMo with rows=2 or more")
+        if max_sessions is not None and (not is_whole(max_sessions) or max_sessions < 1):
+            raise ValueError(f"max_sessions must be a whole number from 1 on, got {max_sessions!r}")
+        self.model, self.max_sessions = model, max_sessions
+        self._meter = Meter()
+        self._transcriber: Transcriber | None = None
         self._wake = threading.Condition(threading.RLock())
-        self._calls: deque[Callable[[], None]] = deque()
+        """Guards what follows, which more than one thread touches."""
+        self._calls: deque[_Call] = deque()
         self._lines: list[Line] = []
-        self._closing = False
+        self._closed = ""
         self._thread = threading.Thread(target=self._serve, name="minmo-engine", daemon=True)
         self._thread.start()
+        try:
+            self.budget = budget or self._call(lambda: Budget.measure(model, model.capacity // 2))
+        except BaseException:
+            self.close()
+            raise
 
     def open(
         self,
@@ -173,123 +235,216 @@ class Scheduler:
         settings: Settings = Settings(),  # noqa: B008 (frozen)
         turn_taking: TurnTaking = TurnTaking(),  # noqa: B008 (frozen)
         *,
-        history: History | None = None,
+        history: History | Sequence[tuple[str, str]] | None = None,
         transcribe: bool = False,
     ) -> Line:
         """A new conversation; from any thread, which waits for at most one step.
 
         on_events: called in the engine's thread with events in order; it must not block, and a conversation whose
-        callback raises ends. Raises Refused where one more cannot be served in time, and ValueError for settings that
-        cannot be.
+        callback raises ends. history: what was said before, or its texts (the user's, the assistant's). transcribe:
+        tell what the user said, as `UserText`. Raises Refused where one more cannot be served in time, and ValueError
+        for settings that cannot be.
         """
-        opened: Future[Line] = Future()
+        return self._call(lambda: self._begin(on_events, settings, turn_taking, history, transcribe))
 
-        def begin() -> None:
-            try:
-                if len(self._lines) >= self.max_sessions:
-                    raise Refused(f"{len(self._lines)} sessions run, and {self.max_sessions} may: end one first")
-                line = Line(self, Conversation(self.model, settings, turn_taking, history=history), on_events)
-                self._lines.append(line)
-                opened.set_result(line)
-            except BaseException as error:
-                opened.set_exception(error)
-
-        self._call(begin)
-        return opened.result()
+    def statistics(self) -> Statistics:
+        """From any thread."""
+        now = time.perf_counter()
+        waiting = dict.fromkeys(("tick", "read", "write", "speak", "transcribe"), 0)
+        with self._wake:
+            heads = [line._inbox[0] for line in self._lines if line._inbox]
+            waiting["tick"] = sum(isinstance(item, _Tick) for line in self._lines for item in line._inbox)
+            for line in self._lines:
+                if line._step:
+                    waiting[line._step] += 1
+            waiting["transcribe"] = len(self._transcriber or ())
+            sessions = len(self._lines)
+        lag = max((now - item.due for item in heads if isinstance(item, _Tick)), default=0.0)
+        return self._meter.statistics(sessions, max(0.0, 1e3 * lag), waiting)
 
     def close(self) -> None:
         """Ends all conversations, and the thread; no event comes after."""
-        for line in list(self._lines):
+        with self._wake:
+            lines = list(self._lines)
+        for line in lines:
             line.close()
         with self._wake:
-            self._closing = True
+            self._closed = self._closed or "this scheduler was closed"
             self._wake.notify()
         self._thread.join()
 
-    def _call(self, call: Callable[[], None]) -> None:
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, run: Callable[[], Any]) -> Any:
+        call = _Call(run)
         with self._wake:
-            if self._closing:
-                raise RuntimeError("this scheduler was closed")
+            if self._closed:
+                raise RuntimeError(self._closed)
             self._calls.append(call)
             self._wake.notify()
+        return call.future.result()
 
     # What follows runs in the engine's thread.
 
     def _serve(self) -> None:
-        while True:
+        try:
+            while (calls := self._wait()) is not None:
+                for call in calls:
+                    call()
+                self._round()
+        except Exception as error:
+            LOG.exception("the engine's thread failed")
             with self._wake:
-                while not self._calls and not self._closing and not any(line._inbox for line in self._lines):
-                    if self._next_work():
-                        break
-                    self._wake.wait()
-                if self._closing and not self._calls:
-                    return
-                calls = list(self._calls)
-                self._calls.clear()
+                self._closed = f"the engine's thread failed ({type(error).__name__}: {error}): make another scheduler"
+            for line in list(self._lines):
+                self._tell(line, [Fault(line._conversation.now_ms, self._closed)])
+        finally:
+            for line in list(self._lines):
+                self._end(line)
+            if self._transcriber is not None:
+                self._transcriber.close()
+            with self._wake:
+                calls, self._calls = list(self._calls), deque()
             for call in calls:
-                call()
-            self._round()
+                call.refuse(self._closed)
+
+    def _wait(self) -> list[_Call] | None:
+        """Until there is something to do -> what was asked for; None at the end."""
+        with self._wake:
+            while not self._calls and not self._closed and not self._busy():
+                self._wake.wait()
+            if self._closed and not self._calls:
+                return None
+            calls, self._calls = list(self._calls), deque()
+        return calls
+
+    def _busy(self) -> bool:
+        return bool(self._transcriber) or any(line._inbox or line._conversation.next_step for line in self._lines)
+
+    def _begin(
+        self,
+        on_events: Callable[[list[Event]], None],
+        settings: Settings,
+        turn_taking: TurnTaking,
+        history: History | Sequence[tuple[str, str]] | None,
+        transcribe: bool,
+    ) -> Line:
+        running = len(self._lines)
+        if self.max_sessions is not None and running >= self.max_sessions:
+            raise Refused(f"{running} sessions run, and {self.max_sessions} may: end one, or raise max_sessions")
+        transcribes = transcribe or self._transcriber is not None
+        if 2 * (running + 1) + transcribes > self.model.capacity:
+            raise Refused(
+                f"{running} sessions run, and {self.model.capacity} rows hold no more, two a session"
+                f"{' and one for transcripts' if transcribes else ''}: end one, or make the FastMinMo with more rows"
+            )
+        transcribed = sum(line._transcribe for line in self._lines) + transcribe
+        if why := self.budget.refusal(running + 1, transcribed):
+            raise Refused(why)
+        if history is not None and not isinstance(history, History):
+            history = History.of_texts(self.model, history)
+        if transcribe and self._transcriber is None:
+            self._transcriber = Transcriber(self.model)
+        line = Line(self, Conversation(self.model, settings, turn_taking, history=history), on_events, transcribe)
+        with self._wake:
+            self._lines.append(line)
+        return line
 
     def _round(self) -> None:
-        """One batch of ticks that are due, and one step of other work; where there is neither, ticks ahead of time."""
-        for line in list(self._lines):
-            while not line._ended and line._inbox and isinstance(line._inbox[0], _Request):
-                with self._wake:
-                    request = line._inbox.popleft()
-                assert isinstance(request, _Request)
-                self._act(line, request)
+        """One batch of ticks that are due, and one step of other work; where there is neither, ticks ahead of time, and
+        where there is none of those, a piece of a transcript."""
         now = time.perf_counter()
-        heard = [line for line in self._lines if line._inbox]
-        due = [line for line in heard if isinstance(item := line._inbox[0], _Tick) and item.due <= now]
+        due, ahead = list[Line](), list[Line]()
+        for line in list(self._lines):
+            while (call := self._asked_now(line)) is not None:
+                call()
+            if line._conversation.opened and (tick := self._next_tick(line)) is not None:
+                (due if tick.due <= now else ahead).append(line)
         if due:
             self._hear(due)
         if work := self._next_work():
-            self._step(*work)
-        elif not due and (ahead := [line for line in heard if line._inbox and isinstance(line._inbox[0], _Tick)]):
+            kind, lines = work
+            self._shared(kind, lines, lambda: batch.STEPS[kind]([line._conversation for line in lines]))
+        elif due:
+            return
+        elif ahead:
             self._hear(ahead)
+        elif self._transcriber:
+            began = time.perf_counter()
+            self._transcriber.step()
+            self._meter.step("transcribe", time.perf_counter() - began)
+
+    def _asked_now(self, line: Line) -> _Call | None:
+        """What was to be done once the sound before it had been heard, as it has."""
+        with self._wake:
+            if not line._inbox or line._ended or not isinstance(call := line._inbox[0], _Call):
+                return None
+            line._inbox.popleft()
+            return call
+
+    def _next_tick(self, line: Line) -> _Tick | None:
+        with self._wake:
+            return item if line._inbox and not line._ended and isinstance(item := line._inbox[0], _Tick) else None
 
     def _hear(self, lines: Sequence[Line]) -> None:
+        hearing: list[tuple[Line, _Tick]] = []
         with self._wake:
-            ticks = [line._inbox.popleft() for line in lines]
-        sounds = [tick.samples for tick in ticks if isinstance(tick, _Tick)]
-        self._shared(lines, lambda: together.tick([line._conversation for line in lines], sounds))
+            for line in lines:
+                if (tick := self._next_tick(line)) is not None:  # it may have been cleared meanwhile
+                    line._inbox.popleft()
+                    line._heard = tick.due
+                    hearing.append((line, tick))
+        if not hearing:
+            return
+        lines = [line for line, _ in hearing]
+        sounds = [tick.samples for _, tick in hearing]
+        self._shared("tick", lines, lambda: batch.tick([line._conversation for line in lines], sounds))
+        now = time.perf_counter()
+        for _, tick in hearing:
+            self._meter.tick(1e3 * max(0.0, now - tick.due), TICK_MS)
 
     def _next_work(self) -> tuple[str, list[Line]] | None:
-        """The kind of the most urgent step, and all lines that wait for one of its kind."""
-        due = [(line._conversation.next_step, line) for line in self._lines if not line._ended]
-        for kind in ("speak", "write", "read"):
-            if lines := [line for step, line in due if step == kind]:
-                return kind, lines
-        return None
+        """The most urgent step that is due, and the lines that share it."""
+        now = time.perf_counter()
+        due = sorted((line._deadline(now), n) for n, line in enumerate(self._lines))
+        waiting = [line for _, n in due if (line := self._lines[n])._step and not line._ended]
+        if not waiting:
+            return None
+        kind = waiting[0]._step
+        assert kind is not None
+        same = [line for line in waiting if line._step == kind]
+        return kind, same[: self.budget.most(kind, BOUND_MS)]
 
-    def _step(self, kind: str, lines: list[Line]) -> None:
-        self._shared(lines, lambda: together.STEPS[kind]([line._conversation for line in lines]))
-
-    def _shared(self, lines: Sequence[Line], step: Callable[[], list[list[Event]]]) -> None:
-        """Does a step of several lines and tells each its events."""
+    def _shared(self, kind: str, lines: Sequence[Line], step: Callable[[], list[batch.Outcome]]) -> None:
+        """Does a step of several lines and tells each its events. An error of one conversation's ends that; where the
+        step itself fails nobody can say what it left behind, and all that shared it end."""
+        began = time.perf_counter()
         try:
-            told = step()
+            outcomes = step()
         except Exception as error:
-            LOG.exception("a step of %d conversations failed", len(lines))
-            told = [[Fault(line._conversation.now_ms, f"{type(error).__name__}: {error}")] for line in lines]
-        for line, events in zip(lines, told, strict=True):
-            self._tell(line, events)
+            outcomes = [error] * len(lines)
+        self._meter.step(kind, time.perf_counter() - began)
+        for line, outcome in zip(lines, outcomes, strict=True):
+            if isinstance(outcome, Exception):
+                LOG.error("a %s of %d conversations failed", kind, len(lines), exc_info=outcome)
+                why = f"a step of it failed ({type(outcome).__name__}: {outcome})"
+                outcome = [Fault(line._conversation.now_ms, why)]
+            self._tell(line, outcome, asked=None if kind != "tick" else self._voice_ended(line))
 
-    def _act(self, line: Line, request: _Request) -> None:
-        if not request.future.set_running_or_notify_cancel():
-            return
+    def _act(self, line: Line, action: Action) -> list[Event]:
         if line._ended:
-            request.future.set_exception(RuntimeError(line._ended))
-            return
-        try:
-            events = request.action(line._conversation)
-        except Exception as error:
-            request.future.set_exception(error)
-        else:
-            self._tell(line, events)
-            request.future.set_result(events)
+            raise RuntimeError(line._ended)
+        asked = time.perf_counter()
+        events = action(line._conversation)
+        self._tell(line, events, asked)
+        return events
 
-    def _tell(self, line: Line, events: list[Event]) -> None:
+    def _tell(self, line: Line, events: list[Event], asked: float | None = None) -> None:
+        """asked: when a turn that these events take was over."""
         faults = [event.why for event in events if isinstance(event, Fault)]
         with line._telling:
             if line._ended or not events:
@@ -297,22 +452,54 @@ class Scheduler:
             try:
                 line._on_events(events)
             except Exception:
-                LOG.exception("what a conversation's events were told to failed: it ends")
-                faults.append("its events could not be told")
+                LOG.exception("a conversation's on_events failed, and the conversation ends")
+                faults.append("what takes its events failed")
             if faults:
                 line._ended = f"this conversation has ended: {faults[0]}; open another"
         if faults:
             self._end(line)
+        else:
+            self._measure(line, events, asked)
+
+    def _measure(self, line: Line, events: list[Event], asked: float | None) -> None:
+        now = time.perf_counter()
+        for event in events:
+            if isinstance(event, TurnTaken):
+                line._asked = asked or now
+                if line._transcribe:
+                    self._transcribe(line, event.reply)
+            elif isinstance(event, Sound) and line._asked:
+                self._meter.add("first_audio", 1e3 * (now - line._asked))
+                line._asked = 0.0
+            elif isinstance(event, Interrupted):
+                late = 1e3 * (now - line._heard)
+                for name in ("decided", "sent", "played"):
+                    if (ms := getattr(event, f"{name}_ms")) is not None:
+                        self._meter.add(f"stop_{name}", ms + late)
+
+    def _voice_ended(self, line: Line) -> float:
+        """When the user's voice last ended, by the clock of its ticks."""
+        return line._heard - (line._conversation.now_ms - line._conversation.voice_ended_ms) / 1e3
+
+    def _transcribe(self, line: Line, reply: int) -> None:
+        exchange = line._conversation.history.exchanges[-1]
+        if self._transcriber is not None and not exchange.typed:
+
+            def done(text: str, fault: str) -> None:
+                self._tell(line, [UserText(line._conversation.now_ms, reply, text, fault)])
+
+            self._transcriber.add(line, exchange.user, done)
 
     def _end(self, line: Line) -> None:
         """Its rows are free, and nobody waits for it in vain."""
         if line not in self._lines:
             return
-        self._lines.remove(line)
-        line._conversation.close()
         with self._wake:
-            requests = [item for item in line._inbox if isinstance(item, _Request)]
-            line._inbox.clear()
-        for request in requests:
-            if request.future.set_running_or_notify_cancel():
-                request.future.set_exception(RuntimeError(line._ended))
+            self._lines.remove(line)
+            waiting, line._inbox = line._inbox, deque()
+        line._conversation.close()
+        if self._transcriber is not None:
+            self._transcriber.drop(line)
+        for item in waiting:
+            if isinstance(item, _Call):
+                item.refuse(line._ended or self._closed)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import minmo_kernels as mk
 from minmo.clock import now
 from minmo.config import TICK
 from minmo.conversation import steps
@@ -23,7 +22,7 @@ from minmo.conversation.beside import beside
 from minmo.conversation.settings import Settings
 from minmo.conversation.timings import Clock, Timings
 from minmo.model import MinMo, MinMoState, SpeakingState
-from minmo.state import all_rows, join_all, read_rows, take, write_rows
+from minmo.state import join_all, read_rows, take, write_rows
 from minmo.tokenizer.text import TextStream
 
 
@@ -51,7 +50,6 @@ class Session:
         self.tokenizer = steps.check(model, settings, max_positions)
         self.model, self.settings, self.max_positions = model, settings, max_positions
         self.batch, self.device = batch, model.device
-        self._entries = all_rows(batch, self.device)
         self.timings = Timings()
         # A reply's voice context: sos, the query, its text, turn of speech, its speech tokens.
         voice_positions = 2 + max_positions + (1 + settings.max_speech_ratio) * settings.max_text_tokens
@@ -61,17 +59,10 @@ class Session:
         self._query: list[tuple[Tensor, Tensor, Tensor]] = []
         self._turns: list[list[tuple[Tensor, Tensor]]] = [[]]
         """What the LLM was given: embeddings (batch, n, dim) and lengths; first before all turns, then turn by turn."""
-        self._drawn = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self._replies = 0
         self._seeds = torch.tensor(settings.seeds(batch), dtype=torch.int64, device=self.device)
-        self._sampling = (
-            torch.full((batch,), settings.temperature, dtype=torch.float32, device=self.device),
-            self._ints([settings.top_k] * batch),
-            torch.full((batch,), settings.top_p, dtype=torch.float32, device=self.device),
-        )
-        # Of the control tokens a reply may only draw the one that ends it.
-        control = [i for i in self.tokenizer.special_ids if i != self.tokenizer.end_of_turn]
-        self._banned = self._ints(control).expand(batch, -1)
+        drawn = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self._sampling = steps.sampling(self.tokenizer, [settings] * batch, self._seeds, drawn)
 
     @property
     def _state(self) -> MinMoState:
@@ -264,61 +255,38 @@ class Session:
     ) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
         """Draws the next block of text: states and embeddings (batch, block, dim), counts (batch,), ids an entry.
 
-        A token pairs with the state that predicted it. Entries that end leave `writing`, in place, and those whose
-        states are NaN are named in `faults`.
+        Entries that end leave `writing`, in place, and those whose states are NaN are named in `faults`.
         """
-        began = now(self.device)
-        block = self.model.config.voice_decoder.semantic_block
-        states, embeddings, ids = [], [], [list[int]() for _ in range(self.batch)]
-        counts, broken = torch.zeros_like(self._entries), torch.zeros_like(writing)
-        for i in range(block):
-            if written + i >= self.settings.max_text_tokens and forced is None:
-                writing[:] = False
-            token, bad = self._next_token(written + i, writing, forced)
-            broken |= bad
-            writing &= ~bad
-            writing &= token != self.tokenizer.end_of_turn
-            token = torch.where(writing, token, 0)
-            embedding = self.model.llm.embed(token.long()[:, None])
-            states.append(self._last)
-            embeddings.append(embedding[:, 0])
-            counts += writing.to(torch.int32)
-            for entry in torch.nonzero(writing)[:, 0].tolist():
-                ids[entry].append(int(token[entry]))
-            if not bool(writing.any()):
-                break
-            clock.mark(T.TO_TEXT)
-            self._turns[-1].append((embedding, writing.to(torch.int32)))
-            self._think(*self._turns[-1][-1], query=False)
-            if i == 0 and written == 0:
-                self.timings.add(T.FIRST_TEXT, now(self.device) - began)
-        for entry in torch.nonzero(broken)[:, 0].tolist():
-            faults[entry] = steps.TEXT_FAULT
-        if int(counts.max()) == block:
-            self.timings.add(T.FIVE_TEXT, now(self.device) - began)
-        short = [0, 0, 0, block - len(states)]
-        pad = torch.nn.functional.pad
-        return pad(torch.stack(states, 1), short), pad(torch.stack(embeddings, 1), short), counts, ids
+        began, first = now(self.device), written == 0
+        size = self.model.config.voice_decoder.semantic_block
 
-    def _next_token(self, index: int, writing: Tensor, forced: Sequence[Sequence[int]] | None) -> tuple[Tensor, Tensor]:
-        """(batch,) token ids, the forced text's or drawn for the entries that write; whose states are NaN, (batch,)."""
-        if forced is not None:
-            end = self.tokenizer.end_of_turn
-            bad = writing & self._last.isnan().any(dim=1)
-            return self._ints([ids[index] if index < len(ids) else end for ids in forced]), bad
-        self._drawn += 1
-        logits = self.model.llm.logits(self._last)
-        bad = writing & logits.isnan().any(dim=1)
-        token = mk.sample_token(
-            logits,
-            torch.where(writing & ~bad, self._entries, -1).to(torch.int32),
-            self._seeds,
-            self._drawn,
-            *self._sampling,
-            banned=self._banned,
-            stream=steps.TEXT_STREAM,
+        def on_token() -> None:
+            nonlocal first
+            clock.mark(T.TO_TEXT)
+            if first:
+                self.timings.add(T.FIRST_TEXT, now(self.device) - began)
+            first = False
+
+        block = steps.write(
+            self.model,
+            self._state.llm,
+            torch.where(writing, self.rows, -1).to(torch.int32),
+            self._last,
+            self._sampling,
+            [self.settings.max_text_tokens - written] * self.batch if forced is None else [size] * self.batch,
+            None if forced is None else [ids[written : written + size] for ids in forced],
+            on_token,
         )
-        return token, bad
+        self._last = block.last
+        writing &= ~torch.tensor(block.ended, device=self.device)
+        for entry, broken in enumerate(block.broken):
+            if broken:
+                faults[entry] = steps.TEXT_FAULT
+        counts = self._ints(block.counts)
+        self._turns[-1].append((block.vectors[1], counts))
+        if max(block.counts) == size:
+            self.timings.add(T.FIVE_TEXT, now(self.device) - began)
+        return (*block.vectors, counts, block.ids)
 
     def _start_speaking(self, with_query: bool) -> None:
         """New speaking states, one voice for all, and the turn's query embeddings."""

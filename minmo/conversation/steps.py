@@ -1,21 +1,27 @@
-"""What a batch of sessions computes at once: hears 80 ms, decides, begins to speak, speaks a block.
+"""What a batch of sessions computes at once: hears 80 ms, decides, writes a block, begins to speak, speaks a block.
 
 Entry b of a batch is the session in row rows[b] of its states, -1 = none; nothing here knows what a turn is.
 """
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
+import minmo_kernels as mk
 from minmo.config import is_whole
 from minmo.conversation import timings as T
 from minmo.conversation.settings import Settings
 from minmo.conversation.timings import Clock, Timings
 from minmo.model import MOST_POSITIONS, HearingState, MinMo, SpeakingState
+from minmo.modules.backbone import BackboneState
 from minmo.modules.duplex import DuplexState
-from minmo.state import Lengths, read_rows, valid
+from minmo.state import Lengths, all_rows, read_rows, valid
 from minmo.tokenizer.text import TextTokenizer
 
 TEXT_STREAM = 1
@@ -39,6 +45,28 @@ def check(model: MinMo, settings: Settings, max_positions: int) -> TextTokenizer
     return model.tokenizer
 
 
+MOST_TYPED = 4096
+"""Longest text that a person types, in text tokens."""
+
+
+def readable(tokenizer: TextTokenizer, text: str) -> list[int]:
+    """The ids of a text that a person typed. Raises ValueError for one that is empty, too long, or has characters that
+    are not in the model's vocabulary."""
+    if not isinstance(text, str):
+        raise ValueError(f"a text must be a string, got {type(text).__name__}")
+    if not text.strip():
+        raise ValueError("the text is empty; give it some words")
+    if len(text) > 16 * MOST_TYPED or len(ids := tokenizer.encode(text)) > MOST_TYPED:
+        raise ValueError(f"the text of {len(text)} characters is longer than {MOST_TYPED} tokens; cut it into pieces")
+    known, wanted = (unicodedata.normalize("NFC", t) for t in (tokenizer.decode(ids), text))
+    if known != wanted:
+        lost = sorted({character for character in wanted if character not in known})
+        raise ValueError(
+            f"the model cannot read {''.join(lost)[:40]!r}: its tokenizer has no tokens for it; leave it out"
+        )
+    return ids
+
+
 def hear(
     model: MinMo, state: HearingState, rows: Tensor, audio: Tensor, lengths: Lengths, final: Tensor, timings: Timings
 ) -> tuple[Tensor, Lengths, Tensor]:
@@ -58,6 +86,118 @@ def decide(model: MinMo, state: DuplexState, rows: Tensor, hidden: Tensor, count
     logits, _, _ = model.duplex.step(hidden, counts, state, rows)
     decisions = torch.softmax(logits.float(), dim=-1)[..., 1]
     return torch.where(valid(counts, decisions.shape[1])[..., None], decisions, torch.nan)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampling:
+    """How a batch's text is drawn, one value an entry, (batch,). drawn: how many tokens an entry has drawn, counted on
+    in place. banned: (batch, n) ids that are never drawn."""
+
+    seeds: Tensor
+    drawn: Tensor
+    temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    banned: Tensor
+
+
+def sampling(tokenizer: TextTokenizer, settings: Sequence[Settings], seeds: Tensor, drawn: Tensor) -> Sampling:
+    """An entry's settings each. Of the control tokens, text may only draw the one that ends it."""
+    device = seeds.device
+    control = [i for i in tokenizer.special_ids if i != tokenizer.end_of_turn]
+    return Sampling(
+        seeds,
+        drawn,
+        torch.tensor([s.temperature for s in settings], dtype=torch.float32, device=device),
+        torch.tensor([s.top_k for s in settings], dtype=torch.int32, device=device),
+        torch.tensor([s.top_p for s in settings], dtype=torch.float32, device=device),
+        torch.tensor(control, dtype=torch.int32, device=device).expand(len(settings), -1),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """The next words of a batch. vectors: hidden states and embeddings (batch, block, dim), as many an entry as it has
+    ids, a token's embedding with the state that predicted it; last (batch, dim): the states that predict what follows;
+    ended, broken: whether an entry's text ended in this block, and whether its state became NaN."""
+
+    vectors: tuple[Tensor, Tensor]
+    ids: list[list[int]]
+    last: Tensor
+    ended: list[bool]
+    broken: list[bool]
+
+    @property
+    def counts(self) -> list[int]:
+        return [len(ids) for ids in self.ids]
+
+
+def write(
+    model: MinMo,
+    state: BackboneState,
+    rows: Tensor,
+    last: Tensor,
+    sampling: Sampling,
+    room: Sequence[int],
+    forced: Sequence[Sequence[int]] | None = None,
+    on_token: Callable[[], None] = lambda: None,
+) -> Block:
+    """Draws the next block of text and reads it, token by token.
+
+    last (batch, dim): the states that predict the first token. room: how many tokens an entry may still write. forced:
+    the block's tokens, where the text is given; what is shorter than a block ends in it. on_token: called when the
+    tokens of each place of the block are known.
+    """
+    size, device, block = len(rows), rows.device, model.config.voice_decoder.semantic_block
+    end = model.tokenizer.end_of_turn if model.tokenizer else -1
+    entries = all_rows(size, device)
+    active = (rows >= 0).tolist()
+    writing, broken, ids = list(active), [False] * size, [list[int]() for _ in range(size)]
+    states, embeddings = [], []
+    for place in range(block):
+        writing = [w and len(i) < most for w, i, most in zip(writing, ids, room, strict=True)]
+        if forced is None:
+            logits = model.llm.logits(last)
+            nan = logits.isnan().any(dim=1).tolist()
+        else:
+            nan = last.isnan().any(dim=1).tolist()
+        broken = [b or (w and n) for b, w, n in zip(broken, writing, nan, strict=True)]
+        writing = [w and not b for w, b in zip(writing, broken, strict=True)]
+        if forced is None:
+            draws = torch.tensor(writing, device=device)
+            sampling.drawn.add_(draws)
+            token = mk.sample_token(
+                logits,
+                torch.where(draws, entries, -1).to(torch.int32),
+                sampling.seeds,
+                sampling.drawn,
+                sampling.temperature,
+                sampling.top_k,
+                sampling.top_p,
+                banned=sampling.banned,
+                stream=TEXT_STREAM,
+            ).tolist()
+        else:
+            token = [text[place] if place < len(text) else end for text in forced]
+        writing = [w and t != end for w, t in zip(writing, token, strict=True)]
+        for new, t, w in zip(ids, token, writing, strict=True):
+            new += [t] * w
+        x = model.llm.embed(torch.tensor([t if w else 0 for t, w in zip(token, writing, strict=True)], device=device))
+        states.append(last)
+        embeddings.append(x)
+        if not any(writing):
+            break
+        on_token()
+        writes = torch.tensor(writing, device=device)
+        hidden, _, _ = model.llm.step(
+            x[:, None], writes.to(torch.int32), state, torch.where(writes, rows, -1).to(torch.int32)
+        )
+        last = torch.where(writes[:, None], hidden[:, 0], last)
+    short = [0, 0, 0, block - len(states)]
+    pad = torch.nn.functional.pad
+    vectors = pad(torch.stack(states, 1), short), pad(torch.stack(embeddings, 1), short)
+    ended = [a and not w for a, w in zip(active, writing, strict=True)]
+    return Block(vectors, ids, last, ended, broken)
 
 
 def start_speaking(

@@ -28,21 +28,24 @@ class Phase(str, Enum):
 class TurnTaking:
     """How sure the predictor must be, and for how long.
 
-    answer, stop: probabilities from which a tick counts for "answer the user now" and for "stop speaking";
+    answer, stop: probabilities from which a tick counts for "answer the user now" and for "stop speaking", None where
+    that is decided by request alone;
     answer_ticks, stop_ticks: ticks of 80 ms that must count. hysteresis: a run of counting ticks survives those that
     fall short of the threshold by no more than this, which themselves count nothing. Raises ValueError for values out
     of range.
     """
 
-    answer: float = 0.5
+    answer: float | None = 0.5
     answer_ticks: int = 1
-    stop: float = 0.5
+    stop: float | None = 0.5
     stop_ticks: int = 2
     hysteresis: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("answer", "stop", "hysteresis"):
             value: Any = getattr(self, name)
+            if value is None and name != "hysteresis":
+                continue
             if not is_real(value) or not 0 <= value <= 1:
                 raise ValueError(f"{name} is a probability in 0 .. 1, got {value!r}")
         for name in ("answer_ticks", "stop_ticks"):
@@ -61,6 +64,10 @@ EAGERNESS = {
 `auto` is the predictor's own decision, as it was trained: what is likelier than not."""
 
 
+BY_REQUEST = TurnTaking(answer=None, stop=None)
+"""Turns are taken and replies stopped by request alone: push to talk."""
+
+
 def eagerness(name: str) -> TurnTaking:
     """The settings of that name. Raises ValueError for one that is not there."""
     if name not in EAGERNESS:
@@ -76,6 +83,10 @@ class Floor:
         self.phase = Phase.LISTENING
         self._run = 0
 
+    def change(self, settings: TurnTaking) -> None:
+        """Decides by other settings from now on."""
+        self.settings, self._run = settings, 0
+
     def hear(self, answer: float, stop: float) -> bool:
         """Takes one tick's probabilities -> whether the phase changed by them: to taking, or to yielding.
 
@@ -86,6 +97,8 @@ class Floor:
             return False
         listening = self.phase is Phase.LISTENING
         value, threshold, ticks = (answer, s.answer, s.answer_ticks) if listening else (stop, s.stop, s.stop_ticks)
+        if threshold is None:
+            return False
         if value >= threshold:
             self._run += 1
         elif value < threshold - s.hysteresis:

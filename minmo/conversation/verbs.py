@@ -15,6 +15,7 @@ from minmo.audio import LOUDEST, SUFFIXES, AudioError
 from minmo.config import TICK
 from minmo.conversation.session import Piece, Session
 from minmo.conversation.settings import Settings
+from minmo.conversation.steps import readable
 from minmo.conversation.timings import Timings
 from minmo.model import MinMo
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, TextTokenizer, translation
@@ -39,9 +40,6 @@ class Reply:
     sample_rate: int = 24_000
     fault: str = ""
 
-
-MOST_TYPED = 4096
-"""Longest typed turn, in text tokens."""
 
 OnPieces = Callable[[list[Piece]], None]
 """Called with each round's pieces, one a batch entry, as they come."""
@@ -111,7 +109,7 @@ def say(
     if not texts:
         raise ValueError("there is nothing to say: give a text that is not empty")
     tokenizer = _tokenizer(model)
-    forced = [_typed(tokenizer, t) for t in texts]
+    forced = [readable(tokenizer, t) for t in texts]
     longest = max(map(len, forced))
     settings = _checked(settings, speak=True, max_text_tokens=longest)
     prefix, suffix = tokenizer.turn(instruction, typed=True)
@@ -168,7 +166,7 @@ def _turn(
     for text in batch:
         if isinstance(text, str) and len(text.split()) == 1 and PurePath(text).suffix.lower() in SUFFIXES:
             raise ValueError(f"{text!r:.200} looks like a file name; give its sound: minmo.load_audio({text!r:.200})")
-    typed = [_typed(tokenizer, t) if isinstance(t, str) else [] for t in batch]
+    typed = [readable(tokenizer, t) if isinstance(t, str) else [] for t in batch]
     sounds = [np.zeros(0, np.float32) if isinstance(t, str) else check_sound(t) for t in batch]
     content = max(len(ids) - (-len(s) // TICK) for ids, s in zip(typed, sounds, strict=True))
     positions = max(map(len, prefixes)) + content + max(map(len, suffixes)) + settings.max_text_tokens
@@ -222,17 +220,6 @@ def _checked(settings: Settings, **changes: Any) -> Settings:
     if not isinstance(settings, Settings):
         raise ValueError(f"settings must be a minmo.Settings, got {type(settings).__name__}")
     return replace(settings, **changes)
-
-
-def _typed(tokenizer: TextTokenizer, text: str) -> list[int]:
-    """The ids of a text that a person typed. Raises ValueError for one that is empty or too long."""
-    if not isinstance(text, str):
-        raise ValueError(f"a text must be a string, got {type(text).__name__}")
-    if not text.strip():
-        raise ValueError("the text is empty; give it some words")
-    if len(text) > 16 * MOST_TYPED or len(ids := tokenizer.encode(text)) > MOST_TYPED:
-        raise ValueError(f"the text of {len(text)} characters is longer than {MOST_TYPED} tokens; cut it into pieces")
-    return ids
 
 
 def _tokenizer(model: MinMo) -> TextTokenizer:

@@ -148,7 +148,7 @@ class FastMinMo(MinMo):
         took: dict[str, float] = {}
         try:
             for rows in sorted({bucket(b, self.capacity) for b in BUCKETS}):
-                for name, seconds in self._rehearse(rows):
+                for name, seconds in self.rehearse(rows):
                     took[f"{name}, {rows} rows"] = seconds
         except torch.OutOfMemoryError as error:
             raise ValueError(
@@ -160,7 +160,7 @@ class FastMinMo(MinMo):
         return took
 
     @torch.inference_mode()
-    def _rehearse(self, batch: int) -> Iterator[tuple[str, float]]:
+    def rehearse(self, batch: int) -> Iterator[tuple[str, float]]:
         """A turn of `batch` sessions, step by step, with how long each took."""
         seats = self.join(batch, self.max_positions, self.max_voice_positions)
         try:

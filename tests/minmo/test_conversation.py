@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 import minmo
 from minmo import weights
 from minmo.config import TICK
-from minmo.conversation import client, steps
-from minmo.conversation import conversation as module
+from minmo.conversation import batch, client, steps
 from minmo.conversation.client import simulate
 from minmo.conversation.conversation import Conversation
 from minmo.conversation.events import (
@@ -106,8 +105,10 @@ def from_scratch(model, conversation, max_positions):
     history = History()
     history.exchanges = [Exchange(e.user.clone(), list(e.reply)) for e in conversation.history.exchanges]
     history.open = [x.clone() for x in conversation.history.open]
-    turn_taking = conversation._floor.settings
-    return Conversation(model, conversation.settings, turn_taking, history=history, max_positions=max_positions)
+    settings, turn_taking = conversation.settings, conversation.turn_taking
+    fresh = Conversation(model, settings, turn_taking, history=history, max_positions=max_positions)
+    fresh._finish_reading()
+    return fresh
 
 
 def greedy_reply(conversation):
@@ -289,7 +290,7 @@ def test_a_turn_without_an_end_keeps_its_newer_half(model, script):
 def test_conversations_of_two_states_share_no_tick(model):
     pair = [Conversation(model, GREEDY, max_positions=300) for _ in range(2)]
     with pytest.raises(ValueError, match="of one FastMinMo share"):
-        module.tick(pair, [sound(1)[0]] * 2)
+        batch.tick(pair, [sound(1)[0]] * 2)
 
 
 def test_conversations_that_share_their_steps_go_as_if_alone(engine, monkeypatch):
@@ -316,10 +317,10 @@ def test_conversations_that_share_their_steps_go_as_if_alone(engine, monkeypatch
     pair = [Conversation(engine, GREEDY, AT_ONCE, max_positions=300) for _ in range(2)]
     together = [[], []]
     for samples in zip(*ticks, strict=True):
-        for n, events in enumerate(module.tick(pair, samples)):
+        for n, events in enumerate(batch.tick(pair, samples)):
             together[n] += events
         for _ in range(30):
-            for name, work in module.STEPS.items():
+            for name, work in batch.STEPS.items():
                 due = [n for n, c in enumerate(pair) if c.next_step == name]
                 for n, events in zip(due, work([pair[n] for n in due]) if due else [], strict=True):
                     together[n] += events
