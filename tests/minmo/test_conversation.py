@@ -31,7 +31,7 @@ from minmo.conversation.events import (
     TurnTaken,
 )
 from minmo.conversation.history import Exchange, History
-from minmo.conversation.turn_taking import Phase, TurnTaking
+from minmo.conversation.turn_taking import BY_REQUEST, Phase, TurnTaking
 
 GREEDY = minmo.Settings(temperature=0.0, max_text_tokens=12, max_speech_ratio=4, seed=3)
 AT_ONCE = TurnTaking(stop_ticks=1)
@@ -140,19 +140,34 @@ def assert_as_from_scratch(model, conversation, max_positions=300):
     return text
 
 
-decisions = st.lists(st.sampled_from([NEITHER, NEITHER, NEITHER, TAKE, STOP]), min_size=8, max_size=28)
+def type_some(conversation):
+    conversation.typed("two plus three")
+
+
+def remove_one(conversation):
+    running = conversation.phase in (Phase.TAKING, Phase.SPEAKING)
+    numbers = [exchange.number for exchange in conversation.history.exchanges]
+    for number in numbers[: len(numbers) - running][:1]:
+        conversation.remove(number)
+
+
+MOMENTS = [NEITHER, NEITHER, NEITHER, TAKE, STOP, NEITHER, TAKE, STOP, type_some, Conversation.clear, remove_one]
+decisions = st.lists(st.sampled_from(MOMENTS), min_size=8, max_size=28)
 
 
 @settings(max_examples=8)
 @given(decisions=decisions, seed=st.integers(0, 99), fast=st.booleans(), step_every=st.integers(1, 3))
 def test_whatever_happened_the_state_is_as_if_from_scratch(model, engine, decisions, seed, fast, step_every):
-    """Turns are taken and replies cut at any time, with work between all ticks or some: in the end the context is what
-    a session would hold that had read the history alone."""
+    """Turns are taken and replies cut at any time, text is typed, turns and exchanges removed, with work between all
+    ticks or some: in the end the context is what a session would hold that had read the history alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(steps, "decide", Script(TAKE, *decisions, STOP))
+        decided = [NEITHER if callable(d) else d for d in decisions]
+        patch.setattr(steps, "decide", Script(TAKE, *decided, STOP))
         used = engine if fast else model
         conversation = Conversation(used, GREEDY, AT_ONCE, max_positions=300)
-        for n, samples in enumerate(sound(len(decisions) + 2, seed)):
+        for n, (samples, decision) in enumerate(zip(sound(len(decisions) + 2, seed), [0, *decisions, 0], strict=True)):
+            if callable(decision):
+                decision(conversation)
             run(conversation, [samples], work=n % step_every == 0)
         if conversation.phase not in (Phase.LISTENING, Phase.YIELDING):
             conversation.stop()
@@ -263,6 +278,43 @@ def test_the_oldest_exchanges_are_forgotten_while_it_listens(model, script):
     assert_as_from_scratch(model, conversation, 200)
 
 
+def test_a_typed_turn_is_answered_as_ask_answers_it(model):
+    """Silence that was heard before it is no part of it; what is typed after it is, and a voice would be."""
+    text = dataclasses.replace(GREEDY, speak=False)
+    conversation = Conversation(model, text, BY_REQUEST, max_positions=300)
+    run(conversation, sound(3, 1, 1e-4))
+    conversation.typed("two plus")
+    conversation.typed(" three")
+    (taken,) = conversation.take_turn()
+    events = []
+    while conversation.next_step:
+        events += conversation.step()
+    (done,) = of(ReplyDone, events)
+    assert done.text == minmo.ask(model, "two plus three", text).text and taken.reply == done.reply == 0
+    run(conversation, sound(2, 1))
+    assert_as_from_scratch(model, conversation)
+
+
+def test_what_is_decided_and_how_replies_are_drawn_may_change(model, script):
+    script(NEITHER, *[TAKE] * 4, *[NEITHER] * 5, TAKE)
+    conversation = Conversation(model, GREEDY, BY_REQUEST, max_positions=300)
+    heard = sound(20, 1)
+    events = run(conversation, heard[:3])
+    assert not of(TurnTaken, events) and of(Decision, events)[1].answer == 1, "the predictor is asked, and not obeyed"
+    conversation.turn_taking = AT_ONCE
+    assert of(TurnTaken, run(conversation, heard[3:4]))
+    conversation.settings = dataclasses.replace(GREEDY, speak=False, max_text_tokens=2)
+    events = run(conversation, heard[4:6])
+    assert of(Sound, events) and of(TextDelta, events), "the running reply keeps its own"
+    conversation.stop()
+    events = run(conversation, heard[6:12])
+    (done,) = of(ReplyDone, events)
+    assert not of(Sound, events) and len(conversation.history.exchanges[-1].reply) <= 2 and done.reply == 1
+    with pytest.raises(ValueError, match="max_text_tokens may be at most 12"):
+        conversation.settings = dataclasses.replace(GREEDY, max_text_tokens=13)
+    assert_as_from_scratch(model, conversation)
+
+
 def test_silence_is_trimmed_and_a_voice_keeps_what_precedes_it(model, script):
     script()
     conversation = Conversation(model, GREEDY, AT_ONCE, max_positions=2000)
@@ -358,6 +410,9 @@ def test_a_broken_model_ends_one_conversation_with_a_fault():
         (lambda c: c.tick(np.full(TICK, np.nan, np.float32)), ValueError, "NaN"),
         (lambda c: c.take_turn(), ValueError, "nothing to answer"),
         (lambda c: c.stop(), RuntimeError, "is listening"),
+        (lambda c: c.typed(" "), ValueError, "give it some words"),
+        (lambda c: c.typed("two " * 300), ValueError, "say less at once"),
+        (lambda c: c.remove(0), ValueError, "is not remembered"),
     ],
 )
 def test_misuse_is_one_clear_sentence(model, call, error, message):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minmo.conversation.turn_taking import EAGERNESS, Floor, Phase, TurnTaking, eagerness
+from minmo.conversation.turn_taking import BY_REQUEST, EAGERNESS, Floor, Phase, TurnTaking, eagerness
 
 L, T, S, Y = Phase.LISTENING, Phase.TAKING, Phase.SPEAKING, Phase.YIELDING
 
@@ -34,6 +34,16 @@ def test_a_turn_from_its_beginning_to_its_end():
     assert phases(floor, [0.9]) == [T]
     floor.give_way()
     assert floor.phase is Y
+
+
+def test_by_request_alone():
+    floor = Floor(BY_REQUEST)
+    assert phases(floor, [1.0, 1.0]) == [L, L]
+    floor.take()
+    floor.speak()
+    assert phases(floor, stops=[1.0, 1.0]) == [S, S]
+    floor.change(TurnTaking(stop_ticks=1))
+    assert phases(floor, stops=[1.0]) == [Y]
 
 
 def test_the_user_goes_on_before_the_first_sound():
