@@ -103,14 +103,11 @@ class Budget:
             * (self.cost("read", 1) / self.prefill + WORDS * self.cost("write", 1) / self.block_tokens),
         }
 
-    def refusal(self, sessions: int, transcribed: int = 0) -> str:
-        """Why so many sessions cannot be served in time, the empty text where they can."""
+    def shortage(self, sessions: int, transcribed: int = 0) -> str:
+        """What so many sessions would need that there is not, the empty text where they can be served in time."""
         needed = self.needed(sessions, transcribed)
         total, room = sum(needed.values()), self.usable * TICK_MS
         if total <= room:
             return ""
         parts = ", ".join(f"{name} {ms:.0f}" for name, ms in needed.items() if ms >= 0.5)
-        return (
-            f"{sessions - 1} sessions run; one more would need {total:.0f} ms of every {TICK_MS:.0f} ms ({parts}), of "
-            f"which {room:.0f} may be planned for: end one, or serve on a faster machine or several"
-        )
+        return f"{total:.0f} ms of every {TICK_MS:.0f} ms ({parts}), of which {room:.0f} may be planned for"

@@ -145,20 +145,25 @@ class Line:
         after_sound: not before all sound that was given has been heard; of that an incomplete last tick is filled up
         with silence.
         """
+        if not after_sound:
+            return self._ask(lambda: self._scheduler._act(self, action))
         call = _Call(lambda: self._scheduler._act(self, action))
         with self._wake:
             if self._ended:
                 call.refuse(self._ended)
-            elif after_sound:
-                if self._count:
-                    rest = np.concatenate(self._pieces)
-                    self._pieces, self._count = [], 0
-                    self._put(np.pad(rest, (0, TICK - len(rest))))
-                self._inbox.append(call)
-            else:
-                self._scheduler._calls.append(call)
+                return call.future
+            if self._count:
+                rest = np.concatenate(self._pieces)
+                self._pieces, self._count = [], 0
+                self._put(np.pad(rest, (0, TICK - len(rest))))
+            self._inbox.append(call)
             self._wake.notify()
         return call.future
+
+    def transcribe(self, wanted: bool) -> Future[None]:
+        """Whether what the user says is told as text, from the next turn on. The future raises Refused where there is
+        no time or row for it."""
+        return self._ask(lambda: self._scheduler._transcribe_line(self, wanted))
 
     def clear(self) -> Future[list[Event]]:
         """Forgets the open turn, with all sound of it that still waits to be heard."""
@@ -174,6 +179,17 @@ class Line:
                 self._ended = "this conversation was closed: open another"
                 self._scheduler._calls.append(_Call(lambda: self._scheduler._end(self)))
                 self._wake.notify()
+
+    def _ask(self, run: Callable[[], Any]) -> Future[Any]:
+        """Has the engine's thread do something before its next batch."""
+        call = _Call(run)
+        with self._wake:
+            if self._ended:
+                call.refuse(self._ended)
+            else:
+                self._scheduler._calls.append(call)
+                self._wake.notify()
+        return call.future
 
     def _put(self, samples: np.ndarray) -> None:
         """Whole ticks, (n,), are to be heard."""
@@ -336,15 +352,7 @@ class Scheduler:
         running = len(self._lines)
         if self.max_sessions is not None and running >= self.max_sessions:
             raise Refused(f"{running} sessions run, and {self.max_sessions} may: end one, or raise max_sessions")
-        transcribes = transcribe or self._transcriber is not None
-        if 2 * (running + 1) + transcribes > self.model.capacity:
-            raise Refused(
-                f"{running} sessions run, and {self.model.capacity} rows hold no more, two a session"
-                f"{' and one for transcripts' if transcribes else ''}: end one, or make the FastMinMo with more rows"
-            )
-        transcribed = sum(line._transcribe for line in self._lines) + transcribe
-        if why := self.budget.refusal(running + 1, transcribed):
-            raise Refused(why)
+        self._admit(running + 1, transcribe, "one more")
         if history is not None and not isinstance(history, History):
             history = History.of_texts(self.model, history)
         if transcribe and self._transcriber is None:
@@ -353,6 +361,28 @@ class Scheduler:
         with self._wake:
             self._lines.append(line)
         return line
+
+    def _admit(self, sessions: int, transcribe: bool, what: str) -> None:
+        """Raises Refused where there is no room for so many sessions, one more of which is transcribed or not."""
+        running, transcribed = len(self._lines), sum(line._transcribe for line in self._lines) + transcribe
+        one = transcribe or self._transcriber is not None
+        if 2 * sessions + one > self.model.capacity:
+            raise Refused(
+                f"{running} sessions run, and {self.model.capacity} rows have no room for {what}, two a session"
+                f"{' and one for transcripts' if one else ''}: end one, or make the FastMinMo with more rows"
+            )
+        if shortage := self.budget.shortage(sessions, transcribed):
+            raise Refused(
+                f"{running} sessions run, which with {what} would need {shortage}: end one, or serve on a faster "
+                "machine or on several"
+            )
+
+    def _transcribe_line(self, line: Line, wanted: bool) -> None:
+        if wanted and not line._transcribe:
+            self._admit(len(self._lines), True, "transcripts")
+            if self._transcriber is None:
+                self._transcriber = Transcriber(self.model)
+        line._transcribe = wanted
 
     def _round(self) -> None:
         """One batch of ticks that are due, and one step of other work; where there is neither, ticks ahead of time, and

@@ -265,7 +265,7 @@ def test_a_session_beyond_the_budget_is_refused_with_the_figures(engine):
     budget = Budget(tick={1: 10.0, 4: 40.0}, read={1: 0.0}, write={1: 30.0}, speak={1: 150.0})
     with Scheduler(engine, budget=budget) as scheduler:
         lines = [scheduler.open(lambda events: None, TEXT) for _ in range(2)]
-        with pytest.raises(Refused, match=r"2 sessions run; one more would need 66 ms of every 80 ms \(ticks 30, sp"):
+        with pytest.raises(Refused, match=r"2 sessions run, which with one more would need 66 ms of every 80 ms \("):
             scheduler.open(lambda events: None, TEXT)
         lines[0].close()
         lines.append(scheduler.open(lambda events: None, TEXT))
@@ -275,7 +275,7 @@ def test_a_session_beyond_the_budget_is_refused_with_the_figures(engine):
     with Scheduler(engine, budget=CHEAP) as scheduler:
         for _ in range(3):
             scheduler.open(lambda events: None, TEXT)
-        with pytest.raises(Refused, match="7 rows hold no more"):
+        with pytest.raises(Refused, match="7 rows have no room for one more"):
             scheduler.open(lambda events: None, TEXT)
     with Scheduler(engine, budget=CHEAP, max_sessions=1) as scheduler:
         scheduler.open(lambda events: None, TEXT)
@@ -292,7 +292,7 @@ def test_what_a_budget_says_of_batches():
     needed = budget.needed(4, transcribed=2)
     assert needed["ticks"] == 20 and needed["context"] == 4 * 0.5 * 8 / 64
     assert needed["speech"] == pytest.approx(4 * 0.5 * 80 / 600 * 60) and needed["transcripts"] > 0
-    assert budget.needed(0)["ticks"] == 0 and not budget.refusal(4)
+    assert budget.needed(0)["ticks"] == 0 and not budget.shortage(4)
 
 
 def test_a_budget_is_measured(engine):
@@ -391,6 +391,11 @@ def test_users_are_transcribed_when_asked_for(engine, decisions, monkeypatch):
         assert not scheduler.statistics().waiting["transcribe"]
         (said,) = client.of(UserText)
         assert not clients[1].of(UserText) and len(client.of(TurnTaken)) == 2
+        clients[1].line.transcribe(True).result(WAIT_S)
+        decisions.plan(clients[1].conversation, [TAKE])
+        clients[1].line.hear(samples[:TICK])
+        clients[1].until(lambda: clients[1].of(UserText))
+        client.line.transcribe(False).result(WAIT_S)
     settings = minmo.Settings(temperature=0.0, max_text_tokens=6, speak=False)
     assert said.text == minmo.transcribe(engine, samples, settings).text and said.text and said.reply == 0
 
