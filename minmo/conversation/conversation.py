@@ -192,11 +192,6 @@ class Conversation:
         return 1e3 * (max(0, self._playback.ends - self._now) + self._playback.queued) / self.rate
 
     @property
-    def voice_ended_ms(self) -> float:
-        """Where the last loud sound of the user ended."""
-        return _ms(self._onset.last)
-
-    @property
     def next_step(self) -> str | None:
         """The work that is due: "read", "write" or "speak", or None."""
         if self._branches.reading is not None:
@@ -385,8 +380,9 @@ class Conversation:
         )
         self._interrupted = None
         self._replies += 1
+        ended = _ms(self._onset.last) if self._voiced and not exchange.typed else self.now_ms
         self._voiced = self._onset.voice
-        return [TurnTaken(self.now_ms, self._answer.number)]
+        return [TurnTaken(self.now_ms, self._answer.number, ended)]
 
     def _cut(self, by_user: bool) -> list[Event]:
         """The reply stops here: what the user heard of it stays, and nothing more of it is written, spoken or sent."""

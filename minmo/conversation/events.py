@@ -39,9 +39,11 @@ class SpeechStopped(Event):
 
 @dataclass(frozen=True)
 class TurnTaken(Event):
-    """The assistant answers; its replies are numbered from 0."""
+    """The assistant answers; its replies are numbered from 0. voice_ended_ms: where the user's voice ended; `at_ms`
+    where none was noticed in the turn."""
 
     reply: int
+    voice_ended_ms: float
 
 
 @dataclass(frozen=True)

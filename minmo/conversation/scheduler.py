@@ -16,202 +16,26 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from minmo.config import SAMPLE_RATE, TICK, is_whole
+from minmo.config import is_whole
 from minmo.conversation import batch
 from minmo.conversation.budget import TICK_MS, Budget
 from minmo.conversation.conversation import Conversation
 from minmo.conversation.events import Event, Fault, Interrupted, Sound, TurnTaken, UserText
 from minmo.conversation.history import History
+from minmo.conversation.line import Action, Call, Line, Refused, Tick
 from minmo.conversation.settings import Settings
 from minmo.conversation.statistics import Meter, Statistics
 from minmo.conversation.transcripts import Transcriber
 from minmo.conversation.turn_taking import TurnTaking
-from minmo.conversation.verbs import check_sound
 from minmo.fast.engine import FastMinMo
 
+__all__ = ["Action", "Line", "Refused", "Scheduler"]
+
 LOG = logging.getLogger(__name__)
-TICK_S = TICK / SAMPLE_RATE
-MOST_WAITING_S = 60.0
-"""Sound of one line that may wait to be heard."""
-BURST_S = 1.0
-"""Sound that may come at once and still counts as real time: what a network holds back and then lets go."""
-READ_S = 0.5
-"""From when context is to be read, or text without sound written, until it should have been."""
 BOUND_MS = TICK_MS / 2
 """How long a step may get by others' sharing it."""
-
-Action = Callable[[Conversation], list[Event]]
-
-
-class Refused(Exception):
-    """There is no room for what was asked; says why, and what would help."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Tick:
-    """80 ms of sound, and when it is due, in seconds of `time.perf_counter`."""
-
-    samples: np.ndarray
-    due: float
-
-
-@dataclass(frozen=True, eq=False)
-class _Call:
-    """Something for the engine's thread to do, and who waits for its result."""
-
-    run: Callable[[], Any]
-    future: Future[Any] = field(default_factory=Future)
-
-    def __call__(self) -> None:
-        if self.future.set_running_or_notify_cancel():
-            try:
-                self.future.set_result(self.run())
-            except Exception as error:
-                self.future.set_exception(error)
-
-    def refuse(self, why: str) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(RuntimeError(why))
-
-
-class Line:
-    """One conversation of a scheduler, for any thread. Made by `Scheduler.open`."""
-
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        conversation: Conversation,
-        on_events: Callable[[list[Event]], None],
-        transcribe: bool,
-    ) -> None:
-        self._scheduler, self._conversation, self._on_events = scheduler, conversation, on_events
-        self._transcribe = transcribe
-        self._wake = scheduler._wake
-        """Guards what follows, which more than one thread touches."""
-        self._inbox: deque[_Tick | _Call] = deque()
-        self._pieces: list[np.ndarray] = []
-        self._count = 0
-        """Samples in `_pieces`: of a tick that is not complete."""
-        self._paced = 0.0
-        """When the next tick would be due in real time."""
-        self._ended = ""
-        """Why it has ended, where it has."""
-        self._telling = threading.RLock()
-        """Held while events are told, so that none is once `close` has returned."""
-        # What the engine's thread alone touches.
-        self._step: str | None = None
-        self._since = 0.0
-        """When `_step` became due."""
-        self._heard = 0.0
-        """When the newest tick that was heard was due."""
-        self._asked = 0.0
-        """From when the first sound of the reply is waited for; 0 once it was told."""
-
-    def hear(self, samples: np.ndarray) -> None:
-        """The user's sound: 16 kHz mono float32 samples, (n,), of any length.
-
-        Raises AudioError for sound that cannot be heard, Refused where too much waits already (nothing of this is taken
-        then), and RuntimeError once the conversation has ended.
-        """
-        if isinstance(samples, np.ndarray) and samples.shape == (0,):
-            return
-        sound = check_sound(samples)
-        with self._wake:
-            self._check_open()
-            waiting = len(self._inbox) * TICK_S + (self._count + len(sound)) / SAMPLE_RATE
-            if waiting > MOST_WAITING_S:
-                raise Refused(
-                    f"{waiting:.1f} s of sound would wait to be heard, and {MOST_WAITING_S:.0f} s may: send it no "
-                    "faster than it is spoken"
-                )
-            self._pieces.append(sound)
-            self._count += len(sound)
-            if self._count >= TICK:
-                whole = np.concatenate(self._pieces)
-                rest = len(whole) % TICK
-                self._pieces, self._count = [whole[len(whole) - rest :]], rest
-                self._put(whole[: len(whole) - rest])
-
-    def do(self, action: Action, *, after_sound: bool = False) -> Future[list[Event]]:
-        """Runs an action in the engine's thread, before the next batch: its events are told, and are the future's
-        result; an error goes to the future, and the conversation goes on.
-
-        after_sound: not before all sound that was given has been heard; of that an incomplete last tick is filled up
-        with silence.
-        """
-        if not after_sound:
-            return self._ask(lambda: self._scheduler._act(self, action))
-        call = _Call(lambda: self._scheduler._act(self, action))
-        with self._wake:
-            if self._ended:
-                call.refuse(self._ended)
-                return call.future
-            if self._count:
-                rest = np.concatenate(self._pieces)
-                self._pieces, self._count = [], 0
-                self._put(np.pad(rest, (0, TICK - len(rest))))
-            self._inbox.append(call)
-            self._wake.notify()
-        return call.future
-
-    def transcribe(self, wanted: bool) -> Future[None]:
-        """Whether what the user says is told as text, from the next turn on. The future raises Refused where there is
-        no time or row for it."""
-        return self._ask(lambda: self._scheduler._transcribe_line(self, wanted))
-
-    def clear(self) -> Future[list[Event]]:
-        """Forgets the open turn, with all sound of it that still waits to be heard."""
-        with self._wake:
-            self._inbox = deque(item for item in self._inbox if isinstance(item, _Call))
-            self._pieces, self._count = [], 0
-            return self.do(Conversation.clear)
-
-    def close(self) -> None:
-        """Ends the conversation. No event comes after; its rows are free for whatever is opened next."""
-        with self._telling, self._wake:
-            if not self._ended:
-                self._ended = "this conversation was closed: open another"
-                self._scheduler._calls.append(_Call(lambda: self._scheduler._end(self)))
-                self._wake.notify()
-
-    def _ask(self, run: Callable[[], Any]) -> Future[Any]:
-        """Has the engine's thread do something before its next batch."""
-        call = _Call(run)
-        with self._wake:
-            if self._ended:
-                call.refuse(self._ended)
-            else:
-                self._scheduler._calls.append(call)
-                self._wake.notify()
-        return call.future
-
-    def _put(self, samples: np.ndarray) -> None:
-        """Whole ticks, (n,), are to be heard."""
-        now = time.perf_counter()
-        for tick in samples.reshape(-1, TICK):
-            self._inbox.append(_Tick(tick, max(now, self._paced - BURST_S)))
-            self._paced = max(now, self._paced) + TICK_S
-        self._wake.notify()
-
-    def _check_open(self) -> None:
-        if self._ended:
-            raise RuntimeError(self._ended)
-
-    def _deadline(self, now: float) -> float:
-        """When the step that is due should have been done."""
-        step = self._conversation.next_step
-        if step != self._step:
-            self._step, self._since = step, now
-        if step == "read" or not self._conversation.speaks:
-            return self._since + READ_S
-        buffered = self._conversation.buffered_ms
-        return now + buffered / 1e3 if buffered else self._since
 
 
 class Scheduler:
@@ -234,7 +58,7 @@ class Scheduler:
         self._transcriber: Transcriber | None = None
         self._wake = threading.Condition(threading.RLock())
         """Guards what follows, which more than one thread touches."""
-        self._calls: deque[_Call] = deque()
+        self._calls: deque[Call] = deque()
         self._lines: list[Line] = []
         self._closed = ""
         self._thread = threading.Thread(target=self._serve, name="minmo-engine", daemon=True)
@@ -269,13 +93,13 @@ class Scheduler:
         waiting = dict.fromkeys(("tick", "read", "write", "speak", "transcribe"), 0)
         with self._wake:
             heads = [line._inbox[0] for line in self._lines if line._inbox]
-            waiting["tick"] = sum(isinstance(item, _Tick) for line in self._lines for item in line._inbox)
+            waiting["tick"] = sum(isinstance(item, Tick) for line in self._lines for item in line._inbox)
             for line in self._lines:
                 if line._step:
                     waiting[line._step] += 1
             waiting["transcribe"] = len(self._transcriber or ())
             sessions = len(self._lines)
-        lag = max((now - item.due for item in heads if isinstance(item, _Tick)), default=0.0)
+        lag = max((now - item.due for item in heads if isinstance(item, Tick)), default=0.0)
         return self._meter.statistics(sessions, max(0.0, 1e3 * lag), waiting)
 
     def close(self) -> None:
@@ -296,7 +120,7 @@ class Scheduler:
         self.close()
 
     def _call(self, run: Callable[[], Any]) -> Any:
-        call = _Call(run)
+        call = Call(run)
         with self._wake:
             if self._closed:
                 raise RuntimeError(self._closed)
@@ -328,7 +152,7 @@ class Scheduler:
             for call in calls:
                 call.refuse(self._closed)
 
-    def _wait(self) -> list[_Call] | None:
+    def _wait(self) -> list[Call] | None:
         """Until there is something to do -> what was asked for; None at the end."""
         with self._wake:
             while not self._calls and not self._closed and not self._busy():
@@ -408,20 +232,20 @@ class Scheduler:
             self._transcriber.step()
             self._meter.step("transcribe", time.perf_counter() - began)
 
-    def _asked_now(self, line: Line) -> _Call | None:
+    def _asked_now(self, line: Line) -> Call | None:
         """What was to be done once the sound before it had been heard, as it has."""
         with self._wake:
-            if not line._inbox or line._ended or not isinstance(call := line._inbox[0], _Call):
+            if not line._inbox or line._ended or not isinstance(call := line._inbox[0], Call):
                 return None
             line._inbox.popleft()
             return call
 
-    def _next_tick(self, line: Line) -> _Tick | None:
+    def _next_tick(self, line: Line) -> Tick | None:
         with self._wake:
-            return item if line._inbox and not line._ended and isinstance(item := line._inbox[0], _Tick) else None
+            return item if line._inbox and not line._ended and isinstance(item := line._inbox[0], Tick) else None
 
     def _hear(self, lines: Sequence[Line]) -> None:
-        hearing: list[tuple[Line, _Tick]] = []
+        hearing: list[tuple[Line, Tick]] = []
         with self._wake:
             for line in lines:
                 if (tick := self._next_tick(line)) is not None:  # it may have been cleared meanwhile
@@ -463,7 +287,7 @@ class Scheduler:
                 LOG.error("a %s of %d conversations failed", kind, len(lines), exc_info=outcome)
                 why = f"a step of it failed ({type(outcome).__name__}: {outcome})"
                 outcome = [Fault(line._conversation.now_ms, why)]
-            self._tell(line, outcome, asked=None if kind != "tick" else self._voice_ended(line))
+            self._tell(line, outcome)
 
     def _act(self, line: Line, action: Action) -> list[Event]:
         if line._ended:
@@ -474,7 +298,7 @@ class Scheduler:
         return events
 
     def _tell(self, line: Line, events: list[Event], asked: float | None = None) -> None:
-        """asked: when a turn that these events take was over."""
+        """asked: when somebody asked for what they tell."""
         faults = [event.why for event in events if isinstance(event, Fault)]
         with line._telling:
             if line._ended or not events:
@@ -495,7 +319,7 @@ class Scheduler:
         now = time.perf_counter()
         for event in events:
             if isinstance(event, TurnTaken):
-                line._asked = asked or now
+                line._asked = asked or line._heard - (event.at_ms - event.voice_ended_ms) / 1e3
                 if line._transcribe:
                     self._transcribe(line, event.reply)
             elif isinstance(event, Sound) and line._asked:
@@ -506,10 +330,6 @@ class Scheduler:
                 for name in ("decided", "sent", "played"):
                     if (ms := getattr(event, f"{name}_ms")) is not None:
                         self._meter.add(f"stop_{name}", ms + late)
-
-    def _voice_ended(self, line: Line) -> float:
-        """When the user's voice last ended, by the clock of its ticks."""
-        return line._heard - (line._conversation.now_ms - line._conversation.voice_ended_ms) / 1e3
 
     def _transcribe(self, line: Line, reply: int) -> None:
         exchange = line._conversation.history.exchanges[-1]
@@ -525,11 +345,12 @@ class Scheduler:
         if line not in self._lines:
             return
         with self._wake:
+            line._ended = line._ended or self._closed
             self._lines.remove(line)
             waiting, line._inbox = line._inbox, deque()
         line._conversation.close()
         if self._transcriber is not None:
             self._transcriber.drop(line)
         for item in waiting:
-            if isinstance(item, _Call):
-                item.refuse(line._ended or self._closed)
+            if isinstance(item, Call):
+                item.refuse(line._ended)
