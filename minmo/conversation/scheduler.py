@@ -103,7 +103,8 @@ class Scheduler:
         return self._meter.statistics(sessions, max(0.0, 1e3 * lag), waiting)
 
     def close(self) -> None:
-        """Ends all conversations, and the thread; no event comes after."""
+        """Ends all conversations, and the thread; no event comes after. Not for `on_events`, nor is `open`."""
+        self._check_thread()
         with self._wake:
             lines = list(self._lines)
         for line in lines:
@@ -119,7 +120,12 @@ class Scheduler:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check_thread(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError("the engine's thread would wait for itself: open and close from another")
+
     def _call(self, run: Callable[[], Any]) -> Any:
+        self._check_thread()
         call = Call(run)
         with self._wake:
             if self._closed:

@@ -360,6 +360,8 @@ def test_requests_come_in_their_place(scheduler, decisions):
     client = Client(scheduler, TEXT, BY_REQUEST)
     with pytest.raises(ValueError, match="nothing to answer"):
         client.line.do(Conversation.take_turn).result(WAIT_S)
+    with pytest.raises(RuntimeError, match="would wait for itself"):
+        client.line.do(lambda c: scheduler.open(print)).result(WAIT_S)
     client.line.hear(sound(3, 1)[:-700])
     (taken,) = client.line.do(Conversation.take_turn, after_sound=True).result(WAIT_S)
     assert isinstance(taken, TurnTaken) and taken.at_ms == 240.0
