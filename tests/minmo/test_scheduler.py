@@ -209,7 +209,7 @@ def test_order_holds_under_backlog(engine, scheduler, decisions):
         texts, sounds = replies(client.events)
         expected_texts, expected = replies(alone(engine, decisions, plan, own[: 12 * TICK], GREEDY))
         n = min(len(sounds[0]), len(expected[0]))
-        assert texts == expected_texts and n >= (200 + 2 * 80) * 24
+        assert texts == expected_texts and n >= 200 * 24
         np.testing.assert_allclose(sounds[0][:n], expected[0][:n], atol=1e-3)
     assert len(clients[0].of(ReplyDone)) == 1
 
