@@ -141,7 +141,8 @@ class Branches:
     def has_read(self, reading: Reading, hidden: Tensor) -> bool:
         """hidden (n, dim): the states of the next piece -> whether nothing is left to read, and the rows have changed
         places. Where too much precedes the open turn then, the oldest exchanges are forgotten and the rest is read."""
-        reading.hidden += hidden[max(0, len(reading.before) - reading.at) :].split(1)
+        of_open = hidden[max(0, len(reading.before) - reading.at) :]
+        reading.hidden += of_open.split(1) if len(of_open) else []
         reading.at += len(hidden)
         if reading.at < len(reading.before) + len(self.history.open):
             return False
