@@ -148,7 +148,7 @@ class Conversation:
 
     @property
     def voiced(self) -> bool:
-        """Whether a voice was noticed in the open turn."""
+        """Whether a voice was noticed in the open turn, or some of it was typed."""
         return self._voiced
 
     @property
@@ -231,9 +231,9 @@ class Conversation:
         the turn began with is forgotten. Raises ValueError for a text that is empty, too long or cannot be read."""
         ids = steps.readable(self.tokenizer, text)
         opened = len(self.history.open) if self._voiced else 0
-        if opened + len(ids) > self._longest:
+        if opened + len(ids) >= self._longest:
             raise ValueError(
-                f"the turn would take {opened + len(ids)} positions, and it may take {self._longest}: say less at once"
+                f"the turn would take {opened + len(ids)} positions, and {self._longest} are too many: say less at once"
             )
         if not self._voiced:
             self.clear()
@@ -326,11 +326,11 @@ class Conversation:
             if (reply := self._answer) is not None and reply.told and self._playback.over(self._now):
                 self._floor.give_way()
                 self._end(reply, len(reply.ids))
-        # Where turns are only taken by request, the user says where they end and begin, and what is in them.
-        whole = self._voiced or self.turn_taking.answer is None
-        longest = self._longest if whole else min(LONGEST_SILENCE, self._longest)
+        # A turn that is taken by request may be spoken too softly to be noticed.
+        patient = self._voiced or self.turn_taking.answer is None
+        longest = self._longest if patient else min(LONGEST_SILENCE, self._longest)
         if len(self.history.open) >= longest and self._branches.reading is None:
-            self._trim(self._longest // 2 if whole else KEPT_SILENCE)
+            self._trim(self._longest // 2 if self._voiced else KEPT_SILENCE)
         return events
 
     def _make_room(self) -> None:

@@ -327,6 +327,22 @@ def test_the_nearest_deadline_goes_first():
     assert scheduler._next_work() is None
 
 
+def test_sound_that_comes_faster_than_real_time_is_due_in_real_time():
+    """But for a second of it, which a network may have held back."""
+    scheduler = object.__new__(Scheduler)
+    scheduler._wake = threading.Condition()
+    line = Line(scheduler, None, print, False)
+    line.hear(sound(30)[:-1])
+    dues = [tick.due - line._inbox[0].due for tick in line._inbox]
+    assert dues == pytest.approx([max(0.0, 0.08 * n - 1.0) for n in range(29)])
+    line._paced = 0.0  # long ago
+    line.hear(sound(1)[:1])
+    assert line._inbox[-1].due > line._inbox[0].due and len(line._inbox) == 30
+    np.testing.assert_array_equal(
+        np.concatenate([tick.samples for tick in line._inbox]), np.append(sound(30)[:-1], sound(1)[:1])
+    )
+
+
 def test_closing_while_replies_run(engine, scheduler, decisions):
     """No event comes after, whatever waits is refused, and the rows are free at once."""
     clients = [Client(scheduler) for _ in range(3)]
