@@ -235,7 +235,11 @@ class Scheduler:
             self._hear(ahead)
         elif self._transcriber:
             began = time.perf_counter()
-            self._transcriber.step()
+            try:
+                self._transcriber.step()
+            except Exception as error:
+                LOG.exception("a transcript failed")
+                self._transcriber.give_up(f"its transcript failed ({type(error).__name__}: {error})")
             self._meter.step("transcribe", time.perf_counter() - began)
 
     def _asked_now(self, line: Line) -> Call | None:

@@ -84,6 +84,10 @@ class Transcriber:
             self._jobs.popleft()
             job.done(*(("", steps.TEXT_FAULT) if block.broken[0] else (self.tokenizer.decode(job.ids), "")))
 
+    def give_up(self, why: str) -> None:
+        """The oldest turn gets no text."""
+        self._jobs.popleft().done("", why)
+
     def close(self) -> None:
         """The row is free."""
         self._seats.leave()

@@ -413,6 +413,12 @@ def test_users_are_transcribed_when_asked_for(engine, decisions, monkeypatch):
         decisions.plan(clients[1].conversation, [TAKE])
         clients[1].line.hear(samples[:TICK])
         clients[1].until(lambda: clients[1].of(UserText))
+        with monkeypatch.context() as patch:
+            patch.setattr(transcripts, "read_pieces", lambda *_: 1 / 0)
+            decisions.plan(clients[1].conversation, [TAKE])
+            clients[1].line.hear(samples[:TICK])
+            clients[1].until(lambda: len(clients[1].of(UserText)) == 2)
+        assert "ZeroDivisionError" in clients[1].of(UserText)[1].fault and not clients[1].of(Fault)
         client.line.transcribe(False).result(WAIT_S)
     settings = minmo.Settings(temperature=0.0, max_text_tokens=6, speak=False)
     assert said.text == minmo.transcribe(engine, samples, settings).text and said.text and said.reply == 0
