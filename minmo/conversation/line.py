@@ -121,20 +121,21 @@ class Line:
                 self._put(whole[: len(whole) - rest])
 
     def do(self, action: Action, *, after_sound: bool = False) -> Future[list[Event]]:
-        """Runs an action in the engine's thread, before the next batch: its events are told, and are the future's
-        result; an error goes to the future, and the conversation goes on.
+        """Runs an action in the engine's thread, before the next batch, or once the conversation's history has been
+        read. Its events are told, and are the future's result; an error goes to the future, and the conversation goes
+        on.
 
         after_sound: not before all sound that was given has been heard; of that an incomplete last tick is filled up
         with silence.
         """
-        if not after_sound:
+        if not after_sound and self._conversation.opened:
             return self._ask(lambda: self._scheduler._act(self, action))
         call = Call(lambda: self._scheduler._act(self, action))
         with self._wake:
             if self._ended:
                 call.refuse(self._ended)
                 return call.future
-            if self._count:
+            if after_sound and self._count:
                 rest = np.concatenate(self._pieces)
                 self._pieces, self._count = [], 0
                 self._put(np.pad(rest, (0, TICK - len(rest))))

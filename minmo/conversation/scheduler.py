@@ -245,7 +245,8 @@ class Scheduler:
     def _asked_now(self, line: Line) -> Call | None:
         """What was to be done once the sound before it had been heard, as it has."""
         with self._wake:
-            if not line._inbox or line._ended or not isinstance(call := line._inbox[0], Call):
+            ready = line._inbox and line._conversation.opened and not line._ended
+            if not ready or not isinstance(call := line._inbox[0], Call):
                 return None
             line._inbox.popleft()
             return call

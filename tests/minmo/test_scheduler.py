@@ -447,6 +447,9 @@ def test_a_history_of_texts_is_as_if_typed(engine, scheduler):
     first.line.do(Conversation.take_turn).result(WAIT_S)
     first.settle()
     resumed = Client(scheduler, TEXT, BY_REQUEST, history=[("two plus three", "five")])
+    opened = []
+    resumed.line.do(lambda c: opened.append(c.opened) or []).result(WAIT_S)
+    assert opened == [True], "its history was read first, piece by piece"
     (typed,), given = first.conversation.history.exchanges, resumed.conversation.history.exchanges[0]
     assert torch.equal(typed.user, given.user) and given.reply == engine.tokenizer.encode("five")
     resumed.line.do(lambda c: c.typed("seven")).result(WAIT_S)
