@@ -1,0 +1,203 @@
+"""What a client asks for, one function a client event: done, or refused with one `error` event, and the session goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from minmo.conversation import Conversation
+from minmo.conversation.events import Event
+from minmo.conversation.scheduler import Refused
+from minmo.serving import protocol
+from minmo.serving.items import Item
+from minmo.serving.protocol import Json, ProtocolError, a_number, a_string, an_object, check_fields, error_event, new_id
+from minmo.serving.response import Wishes
+from minmo.serving.session import Session
+
+LEAST_MS = 100
+"""Sound that a client must have sent to commit it."""
+
+
+async def receive(session: Session, text: str) -> None:
+    """One message."""
+    name = None
+    try:
+        event = protocol.decode(text)
+        name = protocol.event_id(event)
+        await HANDLERS[protocol.check(event, duplex=session.duplex)](session, event)
+    except ProtocolError as error:
+        session.send(error_event(str(error), error.code, param=error.param, client_event=name))
+    except Refused as error:
+        session.send(error_event(str(error), "input_audio_buffer_full", param="audio", client_event=name))
+    except (ValueError, RuntimeError) as error:  # what a conversation says of a request that it cannot fulfil
+        session.send(error_event(str(error), "invalid_request", client_event=name))
+
+
+async def update(session: Session, event: Json) -> None:
+    settings = session.settings.updated(event["session"])
+    drawing, turn_taking = session.drawing(Wishes.of(None, settings)), session.turn_taking(settings)
+
+    def change(conversation: Conversation) -> list[Event]:
+        conversation.settings = drawing
+        if conversation.turn_taking != turn_taking:
+            conversation.turn_taking = turn_taking
+        return []
+
+    await session.do(change)
+    session.updated(settings)
+    session.send({"type": "session.updated", "session": session.as_json()})
+
+
+async def append(session: Session, event: Json) -> None:
+    data = session.decoder.bytes_of(a_string(event["audio"], "audio"))
+    session.hear(session.decoder.decode(data))
+    session.microphone.came(session.clock(), session.decoder.ms(data))
+    session.input.add_sound(data)
+
+
+async def commit(session: Session, event: Json) -> None:
+    if session.input.sound_ms < LEAST_MS:
+        raise ProtocolError(
+            f"the input buffer holds {session.input.sound_ms:.0f} ms of sound, and {LEAST_MS} are the least",
+            "input_audio_buffer_commit_empty",
+        )
+    session.hear(session.decoder.flush())
+    session.microphone.rest(session.clock())
+    session.commit()
+
+
+async def clear(session: Session, event: Json) -> None:
+    session.decoder.flush()
+    await session.do(Conversation.clear, after_sound=True)
+    session.clear()
+    session.send({"type": "input_audio_buffer.cleared"})
+
+
+async def create_item(session: Session, event: Json) -> None:
+    given = an_object(event["item"], "item")
+    check_fields(given, {"id", "type", "object", "role", "status", "content"}, "item")
+    if given.get("type") != "message" or given.get("role") != "user":
+        raise ProtocolError("only messages of the user can be added", "unsupported", "item")
+    content = given.get("content")
+    if not isinstance(content, list) or len(content) != 1 or not isinstance(content[0], dict):
+        raise ProtocolError("item.content must hold one input_text", "invalid_value", "item.content")
+    if content[0].get("type") != "input_text":
+        raise ProtocolError(
+            "item.content can hold text; sound comes by input_audio_buffer.append", "unsupported", "item.content"
+        )
+    if event.get("previous_item_id") not in (None, session.items.last_id):
+        raise ProtocolError("items can only be added at the end", "unsupported", "previous_item_id")
+    text = a_string(content[0].get("text"), "item.content.text")
+    name = new_id("item") if given.get("id") is None else a_string(given["id"], "item.id")
+    if not 0 < len(name) <= 64:
+        raise ProtocolError("item.id must have 1 to 64 characters", "invalid_value", "item.id")
+    session.items.check_free(name)
+    await session.do(lambda conversation: conversation.typed(text), after_sound=True)
+    session.add(Item(name, "user", "input_text", text, "completed"))
+
+
+async def retrieve_item(session: Session, event: Json) -> None:
+    item = session.items.get(event["item_id"])
+    if item.sound is None:
+        raise ProtocolError("the item's sound is not kept any more", "item_expired", "item_id")
+    session.send({"type": "conversation.item.retrieved", "item": item.as_json(with_sound=True)})
+
+
+async def delete_item(session: Session, event: Json) -> None:
+    """The context holds exchanges, so both sides of one go; what is not yet answered goes with the open turn."""
+    item = session.items.get(event["item_id"])
+    if session.response is not None and item.reply == session.response.reply:
+        raise ProtocolError("the item is being answered; cancel the response first", "item_in_progress", "item_id")
+    number = item.reply
+    if number is None:
+        await session.do(Conversation.clear, after_sound=True)
+    else:
+        await session.do(lambda conversation: conversation.remove(number))
+    for other in [i for i in session.items if i.reply == number]:
+        session.items.delete(other)
+        session.send({"type": "conversation.item.deleted", "item_id": other.id})
+
+
+async def truncate_item(session: Session, event: Json) -> None:
+    item = session.items.get(event["item_id"])
+    a_number(event["content_index"], "content_index", 0, 0, whole=True)
+    ms = a_number(event["audio_end_ms"], "audio_end_ms", 0, 1e9, whole=True)
+    if item.kind != "output_audio" or item.reply is None:
+        raise ProtocolError("only the assistant's sound can be truncated", "invalid_value", "item_id")
+    if ms > item.sound_ms:
+        raise ProtocolError(
+            f"audio_end_ms is {ms}, and the item has {item.sound_ms:.0f} ms of sound", "invalid_value", "audio_end_ms"
+        )
+    await played(session, item.reply, ms)
+    item.truncate(ms)
+    session.send(
+        {"type": "conversation.item.truncated", "item_id": item.id, "content_index": 0, "audio_end_ms": int(ms)}
+    )
+
+
+async def create_response(session: Session, event: Json) -> None:
+    if session.response is not None:
+        raise ProtocolError(
+            f"{session.response.id} is running: wait for response.done, or cancel it",
+            "conversation_already_has_active_response",
+        )
+    wishes = Wishes.of(event.get("response"), session.settings)
+    drawing = session.drawing(wishes)
+
+    def take(conversation: Conversation) -> list[Event]:
+        kept, conversation.settings = conversation.settings, drawing
+        try:
+            return conversation.take_turn()
+        finally:
+            conversation.settings = kept
+
+    session.wishes = wishes
+    try:
+        await session.do(take, after_sound=True)
+    finally:
+        session.wishes = None
+
+
+async def cancel_response(session: Session, event: Json) -> None:
+    running = session.response
+    if running is None or event.get("response_id") not in (None, running.id):
+        raise ProtocolError("there is no such response running", "response_cancel_not_active", "response_id")
+    await session.do(Conversation.stop)
+
+
+async def acknowledge(session: Session, event: Json) -> None:
+    response = session.responses.get(a_string(event["response_id"], "response_id"))
+    ms = a_number(event["played_ms"], "played_ms", 0, 1e9)
+    if response is None:
+        raise ProtocolError("there is no such response, or it is long over", "response_not_found", "response_id")
+    if ms > response.item.sound_ms:
+        raise ProtocolError(
+            f"played_ms is {ms:g}, and {response.item.sound_ms:.0f} ms were sent", "invalid_value", "played_ms"
+        )
+    await played(session, response.reply, ms)
+    playback = {"sent_ms": round(response.item.sound_ms), "played_ms": round(ms)}
+    session.send({"type": "playback.acknowledged", "response_id": response.id, "playback": playback})
+
+
+async def played(session: Session, reply: int, ms: float) -> None:
+    """So much of a reply was heard: what the context keeps of it."""
+
+    def acknowledge(conversation: Conversation) -> list[Event]:
+        conversation.played(reply, ms)
+        return []
+
+    await session.do(acknowledge)
+
+
+HANDLERS: dict[str, Callable[[Session, Json], Awaitable[None]]] = {
+    "session.update": update,
+    "input_audio_buffer.append": append,
+    "input_audio_buffer.commit": commit,
+    "input_audio_buffer.clear": clear,
+    "conversation.item.create": create_item,
+    "conversation.item.retrieve": retrieve_item,
+    "conversation.item.delete": delete_item,
+    "conversation.item.truncate": truncate_item,
+    "response.create": create_response,
+    "response.cancel": cancel_response,
+    "playback.ack": acknowledge,
+}

@@ -1,0 +1,79 @@
+"""The app on uvicorn, which ends in order: on SIGTERM or Ctrl-C replies may still be heard to their end; a second
+signal ends at once."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+
+from minmo.serving.hall import Hall
+from minmo.serving.telemetry import log, log_to_stderr
+
+HARD_BYTES = 16 << 20
+"""A longer message is no event any more: its connection ends with 1009."""
+PING_S = 20.0
+"""A client that answers no ping for so long has gone."""
+
+
+class Draining(uvicorn.Server):
+    """seconds: that replies may go on after the first signal."""
+
+    def __init__(self, config: uvicorn.Config, hall: Hall, seconds: float) -> None:
+        super().__init__(config)
+        self._hall, self._seconds = hall, seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        self._loop = asyncio.get_running_loop()
+        ports = [s.getsockname()[1] for server in self.servers for s in server.sockets]
+        log("listening", host=self.config.host, port=ports[0] if ports else None)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._loop is None or self._hall.draining:
+            self.force_exit = sig == signal.SIGINT
+            self.should_exit = True
+            return
+        log("draining", signal=signal.Signals(sig).name, sessions=len(self._hall.live))
+        self._loop.call_soon_threadsafe(self._begin)
+
+    def _begin(self) -> None:
+        self._hall.draining = True
+        self._task = asyncio.get_running_loop().create_task(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await self._hall.drain(self._seconds)
+        finally:
+            self.should_exit = True
+
+
+def run(
+    app: Starlette, hall: Hall, host: str, port: int, tls_cert: Path | None, tls_key: Path | None, drain_s: float
+) -> None:
+    """Serves until a signal ends it."""
+    log_to_stderr()
+    config = uvicorn.Config(
+        app,
+        host,
+        port,
+        ws="websockets-sansio",
+        ws_max_size=HARD_BYTES,
+        ws_ping_interval=PING_S,
+        ws_ping_timeout=PING_S,
+        ws_per_message_deflate=False,
+        ssl_certfile=tls_cert,
+        ssl_keyfile=tls_key,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=5,
+    )
+    Draining(config, hall, drain_s).run()

@@ -1,0 +1,341 @@
+"""One realtime session: a conversation on one side, a client's items, responses and input buffer on the other.
+
+What the conversation tells becomes server events here; what the client asks for is in `requests`. It knows no socket:
+all of it runs in the event loop's thread, and the conversation computes elsewhere, on a `Line` of the scheduler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from minmo.config import SAMPLE_RATE, TICK
+from minmo.conversation import History, Phase, Settings, TurnTaking, eagerness
+from minmo.conversation.events import (
+    Decision,
+    Event,
+    Fault,
+    Interrupted,
+    ReplyDone,
+    Sound,
+    SpeechStarted,
+    SpeechStopped,
+    TextDelta,
+    TurnTaken,
+    UserText,
+)
+from minmo.conversation.scheduler import Action, Line
+from minmo.conversation.turn_taking import BY_REQUEST, Floor
+from minmo.serving.items import Item, Items
+from minmo.serving.microphone import Microphone
+from minmo.serving.protocol import Json, error_event, new_id
+from minmo.serving.recording import Recorder
+from minmo.serving.response import Response, Wishes
+from minmo.serving.settings import SILENCE_MS, SessionSettings
+from minmo.serving.sound import Encoding
+
+ATTENTION_S = 10.0
+"""How long silence is heard in place of a client's sound that has ended, unless a reply runs."""
+FORGOTTEN = -1
+"""Number of a reply that the context does not hold any more."""
+KEPT_RESPONSES = 16
+"""Newest responses whose playback may still be acknowledged."""
+
+
+class Session:
+    """settings: as at the beginning. drawing: how replies are drawn. rate: of the model's sound. send: takes a server
+    event; end: closes the connection, with a WebSocket code and a reason. duplex: whether the client wants `?duplex=1`'s
+    events, too."""
+
+    def __init__(
+        self,
+        settings: SessionSettings,
+        drawing: Settings,
+        rate: int,
+        send: Callable[[Json], None],
+        end: Callable[[int, str], None],
+        *,
+        duplex: bool = False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.recorder: Recorder | None = None
+        self.id, self.conversation_id = new_id("sess"), new_id("conv")
+        self.settings, self.duplex, self.items = settings, duplex, Items()
+        self._send, self._end, self.clock = send, end, clock
+        self._drawing, self._rate = drawing, rate
+        self.line: Line | None = None
+        self.microphone = Microphone()
+        self.decoder = Encoding(settings.input_format, SAMPLE_RATE, to_wire=False)
+        self.input = self._next_input()
+        """The item that the sound becomes which the client is sending."""
+        self.response: Response | None = None
+        """The one that runs: it has been created and is not done."""
+        self.responses: dict[str, Response] = {}
+        self.wishes: Wishes | None = None
+        """Of the response that is being asked for."""
+        self.stopping = "client_cancelled"
+        """Why the reply is being stopped, where it is not the predictor that does."""
+        self._phase = Phase.LISTENING
+        self._voice_ms: float | None = None
+        """Where the user's voice began, while it lasts."""
+        self._voice_told = False
+        self._pause_ends_ms: float | None = None
+        """With server_vad: when a pause will have been long enough."""
+        self._judge: Floor | None = None
+        """Decides which turns are over, where they are not answered by themselves."""
+
+    def as_json(self) -> Json:
+        return {"id": self.id} | self.settings.as_json()
+
+    def send(self, event: Json) -> None:
+        if self.recorder is not None:
+            self.recorder.event(event)
+        self._send(event)
+
+    def begin(self, line: Line) -> None:
+        """Its conversation is there."""
+        self.line = line
+        self.microphone.came(self.clock(), 0.0)
+
+    def greet(self, token: str | None, *, resumed: bool) -> None:
+        """The first event. token: by which it can be resumed later."""
+        told: Json = {"type": "session.resumed" if resumed else "session.created", "session": self.as_json()}
+        if token is not None:
+            told["resume_token"] = token
+        if resumed:
+            told["items"] = [item.as_json() for item in self.items]
+        self.send(told)
+
+    def close(self) -> None:
+        """Its rows are free. No event comes after."""
+        if self.line is not None:
+            self.line.close()
+            self.line = None
+
+    def renumber(self, history: History) -> None:
+        """Another conversation will count its replies from this history: items go by those numbers."""
+        numbers = {exchange.number: at for at, exchange in enumerate(history.exchanges)}
+        for item in self.items:
+            if item.reply is not None:
+                item.reply = numbers.get(item.reply, FORGOTTEN)
+
+    def turn_taking(self, settings: SessionSettings) -> TurnTaking:
+        """What settings mean for the conversation: who may take turns, and how eagerly."""
+        detection = settings.turn_detection
+        if detection is None or detection.kind == "server_vad":
+            return BY_REQUEST
+        taking = eagerness(detection.eagerness)
+        return dataclasses.replace(
+            taking,
+            answer=taking.answer if detection.create_response else None,
+            stop=taking.stop if detection.interrupt_response else None,
+        )
+
+    def drawing(self, wishes: Wishes) -> Settings:
+        """How a reply is drawn that is wished for."""
+        return dataclasses.replace(
+            self._drawing, speak=wishes.modality == "audio", max_text_tokens=wishes.max_tokens
+        )
+
+    def updated(self, settings: SessionSettings) -> None:
+        """Goes on with other settings."""
+        if settings.input_format != self.settings.input_format:
+            self.hear(self.decoder.flush())
+            self.decoder = Encoding(settings.input_format, SAMPLE_RATE, to_wire=False)
+            self.settings = settings
+            self.input = self._next_input()
+        self.settings, self._pause_ends_ms = settings, None
+        detection = settings.turn_detection
+        judges = detection is not None and detection.kind == "semantic_vad" and not detection.create_response
+        self._judge = Floor(eagerness(detection.eagerness)) if detection is not None and judges else None
+
+    async def do(self, action: Action, *, after_sound: bool = False) -> None:
+        """Has the conversation do something, its events told first; raises what the action raises."""
+        if self.line is None:
+            raise RuntimeError("this session is over; connect again")
+        await asyncio.wrap_future(self.line.do(action, after_sound=after_sound))
+
+    def hear(self, sound: np.ndarray) -> None:
+        """sound (n,) at 16 kHz. Raises Refused where too much waits."""
+        if self.line is not None and len(sound):
+            self.line.hear(sound)
+            if self.recorder is not None:
+                self.recorder.user(sound)
+
+    def tick(self) -> None:
+        """To be called every 80 ms: where the client sends no sound, silence is heard."""
+        now = self.clock()
+        idle = self._phase is Phase.LISTENING and self.response is None
+        if self.line is None or (idle and self.microphone.since(now) > ATTENTION_S):
+            return
+        if due := self.microphone.missing(now):
+            self.line.hear(np.zeros(due * TICK, np.float32))
+
+    def add(self, item: Item) -> None:
+        """An item that is whole joins the conversation."""
+        told = {"previous_item_id": self.items.add(item), "item": item.as_json()}
+        self.send({"type": "conversation.item.added", **told})
+        self.send({"type": "conversation.item.done", **told})
+
+    def commit(self) -> None:
+        """What the client has sent becomes an item."""
+        item, self.input = self.input, self._next_input()
+        item.status = "completed"
+        previous = self.items.last_id
+        self.send({"type": "input_audio_buffer.committed", "previous_item_id": previous, "item_id": item.id})
+        self.add(item)
+
+    def clear(self) -> None:
+        """What the client has sent is forgotten."""
+        self.input = self._next_input()
+        self._voice_ms = self._pause_ends_ms = None
+
+    # From the conversation.
+
+    def on_events(self, events: list[Event]) -> None:
+        for event in events:
+            self._told_by[type(event)](self, event)  # type: ignore[arg-type]
+
+    def _decision(self, event: Decision) -> None:
+        self._phase = event.phase
+        if self.duplex:
+            speaks = event.phase in (Phase.TAKING, Phase.SPEAKING)
+            told = {"at_ms": self.microphone.client_ms(event.at_ms), "phase": event.phase.value}
+            told |= {"answer": round(event.answer, 4), "stop": round(event.stop, 4)}
+            self.send({"type": "response.speak" if speaks else "response.listen", **told})
+        if event.phase is not Phase.LISTENING:
+            return
+        self._tell_voice()
+        if self._judge is not None and self._judge.hear(event.answer, event.stop):
+            self._judge = Floor(self._judge.settings)
+            self._turn_over(event.at_ms)
+        if self._pause_ends_ms is not None and event.at_ms >= self._pause_ends_ms:
+            self._pause_ends_ms = None
+            self._turn_over(event.at_ms)
+            detection = self.settings.turn_detection
+            if detection is not None and detection.create_response:
+                self._without_waiting(lambda conversation: conversation.take_turn())
+
+    def _speech_started(self, event: SpeechStarted) -> None:
+        self._voice_ms, self._voice_told, self._pause_ends_ms = event.audio_start_ms, False, None
+        detection = self.settings.turn_detection
+        if detection is None:
+            return
+        by_loudness = detection.kind == "server_vad"
+        if by_loudness and detection.interrupt_response and self._phase in (Phase.TAKING, Phase.SPEAKING):
+            self.stopping = "turn_detected"
+            self._without_waiting(lambda conversation: conversation.stop())
+        # A client stops playing at `speech_started`: while a reply sounds, the predictor says whether it shall.
+        if by_loudness or self._phase is Phase.LISTENING:
+            self._tell_voice()
+
+    def _tell_voice(self) -> None:
+        if self._voice_ms is not None and not self._voice_told and self.settings.turn_detection is not None:
+            self._voice_told = True
+            began = self.microphone.client_ms(self._voice_ms)
+            self.send({"type": "input_audio_buffer.speech_started", "audio_start_ms": began, "item_id": self.input.id})
+
+    def _speech_stopped(self, event: SpeechStopped) -> None:
+        detection = self.settings.turn_detection
+        self._tell_voice_end(event.audio_end_ms)
+        if detection is not None and detection.kind == "server_vad":
+            self._pause_ends_ms = event.audio_end_ms + max(SILENCE_MS, detection.silence_duration_ms)
+
+    def _tell_voice_end(self, at_ms: float) -> None:
+        if self._voice_ms is not None and self._voice_told:
+            ended = self.microphone.client_ms(at_ms)
+            self.send({"type": "input_audio_buffer.speech_stopped", "audio_end_ms": ended, "item_id": self.input.id})
+        self._voice_ms = None
+
+    def _turn_over(self, at_ms: float) -> None:
+        """The user's turn ends here, by whoever's decision."""
+        self._tell_voice()
+        self._tell_voice_end(at_ms)
+        if self.input.sound_ms:
+            self.commit()
+
+    def _turn_taken(self, event: TurnTaken) -> None:
+        self._turn_over(event.at_ms)
+        wishes = self.wishes or Wishes.of(None, self.settings)
+        response = Response(event.reply, wishes, self.conversation_id, self._rate, self.send)
+        self.response = self.responses[response.id] = response
+        if len(self.responses) > KEPT_RESPONSES:
+            del self.responses[next(iter(self.responses))]
+        for item in self.items:
+            if item.reply is None:
+                item.reply = event.reply
+        response.begin(self.items.add(response.item))
+
+    def _user_text(self, event: UserText) -> None:
+        item = next((i for i in self.items if i.reply == event.reply and i.kind == "input_audio"), None)
+        if item is None or not self.settings.transcription:
+            return
+        told: Json = {"item_id": item.id, "content_index": 0}
+        kind = "conversation.item.input_audio_transcription"
+        if event.fault:
+            error = {"type": "server_error", "code": "transcription_failed", "message": event.fault, "param": None}
+            self.send({"type": f"{kind}.failed", **told, "error": error})
+            return
+        item.text = event.text
+        usage = {"type": "duration", "seconds": round(item.sound_ms / 1e3, 3)}
+        self.send({"type": f"{kind}.completed", **told, "transcript": event.text, "usage": usage})
+
+    def _text(self, event: TextDelta) -> None:
+        if self.response is not None:
+            self.response.text(event.text)
+
+    def _sound(self, event: Sound) -> None:
+        if self.response is not None:
+            self.response.sound(event.audio)
+            if self.recorder is not None:
+                self.recorder.assistant(event.audio)
+
+    def _reply_done(self, event: ReplyDone) -> None:
+        self._finish("completed", None)
+
+    def _interrupted(self, event: Interrupted) -> None:
+        running = next((r for r in self.responses.values() if r.reply == event.reply), None)
+        self._finish("cancelled", "turn_detected" if event.by_user else self.stopping)
+        self.stopping = "client_cancelled"
+        if self.duplex and running is not None:
+            times = {name: getattr(event, name) for name in ("heard_ms", "decided_ms", "sent_ms", "played_ms")}
+            told = {name: None if ms is None else round(ms) for name, ms in times.items()}
+            self.send({"type": "response.interrupted", "response_id": running.id, "heard_text": event.text, **told})
+        self._tell_voice()
+
+    def _fault(self, event: Fault) -> None:
+        self._finish("failed", None)
+        self.line = None
+        self.send(error_event(f"{event.why}; connect again", "conversation_failed", kind="server_error"))
+        self._end(1011, "the conversation failed")
+
+    def _finish(self, status: str, reason: str | None) -> None:
+        response, self.response = self.response, None
+        if response is not None:
+            response.finish(status, reason, self.items.before(response.item))
+
+    _told_by: dict[type[Event], Callable[..., None]] = {
+        Decision: _decision,
+        SpeechStarted: _speech_started,
+        SpeechStopped: _speech_stopped,
+        TurnTaken: _turn_taken,
+        UserText: _user_text,
+        TextDelta: _text,
+        Sound: _sound,
+        ReplyDone: _reply_done,
+        Interrupted: _interrupted,
+        Fault: _fault,
+    }
+
+    def _next_input(self) -> Item:
+        decoder = self.decoder
+        return Item(new_id("item"), "user", "input_audio", bytes_per_ms=decoder.rate * decoder.width / 1e3)
+
+    def _without_waiting(self, action: Action) -> None:
+        """What follows from an event. That it has been overtaken by another is no error of anybody's."""
+        if self.line is not None:
+            self.line.do(action).add_done_callback(lambda done: done.cancelled() or done.exception())
