@@ -1,4 +1,5 @@
-"""`minmo`: talk, transcribe, translate, ask, say, info, export, profile, doctor, train, tokenize, evaluate, data."""
+"""`minmo`: talk, serve, transcribe, translate, ask, say, info, export, profile, doctor, train, tokenize, evaluate and
+data."""
 
 from __future__ import annotations
 
@@ -35,6 +36,7 @@ from minmo.fast.profile import STEPS
 from minmo.info import engine_rows, state_rows
 from minmo.info import rows as info_rows
 from minmo.model import MAX_POSITIONS, MOST_POSITIONS
+from minmo.serving.command import serve
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
 from minmo.training.command import add_to as add_training
 from minmo.weights import pick_device
@@ -45,6 +47,7 @@ app = typer.Typer(
 )
 add_training(app)
 app.command()(evaluate)
+app.command()(serve)
 out = Console()
 
 Sound = Annotated[str, typer.Argument(help="A sound file: 1 to 768 kHz, any number of channels.")]

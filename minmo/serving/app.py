@@ -34,7 +34,9 @@ PAGES = {
 }
 """All that is served of the page: no path comes from the wire."""
 HEADERS = {
-    "content-security-policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "content-security-policy": (
+        "default-src 'self'; img-src 'self' data:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    ),
     "permissions-policy": "microphone=(self)",
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -139,7 +141,9 @@ class Server:
         if unknown := sorted(set(query) - QUERY):
             raise Denied(400, "unknown_parameter", f"the address has {unknown[0]!r:.80}; it may have {sorted(QUERY)}")
         if (model := query.get("model", self.name)) != self.name:
-            raise Denied(404, "model_not_found", f"this server has {self.name}, not {model!r:.80}; ask for ?model={self.name}")
+            raise Denied(
+                404, "model_not_found", f"this server has {self.name}, not {model!r:.80}; ask for ?model={self.name}"
+            )
         duplex, resume = query.get("duplex", "0"), query.get("resume")
         if duplex not in ("0", "1"):
             raise Denied(400, "invalid_value", f"duplex must be 0 or 1, got {duplex!r:.80}")

@@ -8,18 +8,22 @@ from typing import Annotated
 
 import typer
 
-from minmo.conversation import Settings
 from minmo.console import err
+from minmo.conversation import Settings
 from minmo.fast import FastMinMo
 from minmo.fast.linear import WEIGHTS
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need --api-keys.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; others than this machine's need --api-keys.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any that is free.")] = 8000,
     preset: Annotated[str, typer.Option(help="A preset, or a checkpoint directory.")] = "nano",
     sessions: Annotated[int, typer.Option(min=1, max=2048, help="Most at once, if the machine keeps up.")] = 4,
-    weights: Annotated[str | None, typer.Option(help=f"One of {', '.join(WEIGHTS)} (default: the model's own).")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help=f"One of {', '.join(WEIGHTS)} (default: the model's own).")
+    ] = None,
     max_positions: Annotated[int, typer.Option(min=64, help="LLM context of a session.")] = 2048,
     max_text_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, in text tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="Of the text; 0 is greedy.")] = 0.7,
@@ -31,7 +35,8 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option(help="A certificate chain (PEM), for https and wss.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its private key (PEM).")] = None,
     origin: Annotated[
-        list[str] | None, typer.Option(help="Another site whose pages may connect, as https://example.org; repeat for more.")
+        list[str] | None,
+        typer.Option(help="Another site whose pages may connect, as https://example.org; repeat for more."),
     ] = None,
     record: Annotated[
         Path | None, typer.Option(help="A folder for the sound and words of every session; by default none is kept.")
@@ -45,7 +50,7 @@ def serve(
     try:
         from minmo.serving.app import Server
         from minmo.serving.guard import Guard, Limits, is_local
-        from minmo.serving.run import run
+        from minmo.serving.run import config, run
     except ImportError as error:
         raise ValueError(f"serving needs more packages ({error.name} is missing): pip install 'minmo[serve]'") from None
     from minmo.conversation.scheduler import Scheduler
@@ -53,9 +58,7 @@ def serve(
     keys = _keys(api_keys)
     local = is_local(host)
     if not local and not keys:
-        raise ValueError(
-            f"whoever reaches {host} could use this server: give --api-keys FILE, or listen on 127.0.0.1"
-        )
+        raise ValueError(f"whoever reaches {host} could use this server: give --api-keys FILE, or listen on 127.0.0.1")
     if (tls_cert is None) != (tls_key is None):
         raise ValueError("--tls-cert and --tls-key go together")
     for file in (tls_cert, tls_key):
@@ -70,19 +73,20 @@ def serve(
     if record is not None:
         record.mkdir(parents=True, exist_ok=True)
     drawing = Settings(seed=seed, temperature=temperature, max_text_tokens=max_text_tokens)
-    model = FastMinMo.from_pretrained(preset, device, rows=2 * sessions, max_positions=max_positions, weights=weights)
+    model = FastMinMo.from_pretrained(
+        preset, device, rows=2 * sessions + 1, max_positions=max_positions, weights=weights
+    )
     if not model.trained:
         err.print(
             f"UNTRAINED: {model.config.name} has {model.provenance}; its replies mean nothing",
             style="yellow", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-    model.warmup()
     scheduler = Scheduler(model, max_sessions=sessions)
     limits = Limits(session_s=session_seconds, idle_s=idle_seconds, sessions_per_key=sessions_per_key)
     guard = Guard(keys, origin or (), local=local)
     server = Server(scheduler, Path(preset).name, drawing, guard, limits, record)
     try:
-        run(server.app(), server.hall, host, port, tls_cert, tls_key, drain_seconds)
+        run(config(server.app(), host, port, tls_cert, tls_key), server.hall, drain_seconds)
     finally:
         scheduler.close()
 

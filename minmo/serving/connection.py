@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
@@ -23,8 +24,13 @@ class Connection:
 
     def __init__(self, websocket: WebSocket, limits: Limits, on_error: Callable[[str], None]) -> None:
         self._websocket, self._limits, self._on_error = websocket, limits, on_error
-        self._outbox: asyncio.Queue[str] = asyncio.Queue()
-        self._unsent, self._heard = 0, 0.0
+        self._loop = asyncio.get_running_loop()
+        self._outbox: asyncio.Queue[tuple[float, str]] = asyncio.Queue()
+        """When each was put in."""
+        self._unread = 0
+        self._oldest: float | None = None
+        """When what is being written was put in."""
+        self._heard = 0.0
         self._ended: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
         self.gone = asyncio.Event()
         """Whether it is over and its session has been put away."""
@@ -36,29 +42,32 @@ class Connection:
         if event["type"] == "error":
             self._on_error(event["error"]["code"])
         text = json.dumps({"event_id": new_id("event"), **event})
-        self._unsent += len(text)
-        if self._unsent > self._limits.unsent_bytes:
-            self._outbox = asyncio.Queue()
-            self.end(1008, "the client reads too slowly")
+        self._unread += len(text)
+        if self._unread > self._limits.unread_bytes:
+            self._give_up()
             return
-        self._outbox.put_nowait(text)
+        self._outbox.put_nowait((self._loop.time(), text))
 
     def end(self, code: int, reason: str) -> None:
         """The session ends once what waits has been sent."""
         if not self._ended.done():
             self._ended.set_result((code, reason))
 
+    def _give_up(self) -> None:
+        self._outbox = asyncio.Queue()  # a farewell would not be read either
+        self.end(1008, "the client reads too slowly")
+
     async def run(self, receive: Callable[[str], Awaitable[None]], tick: Callable[[], None]) -> tuple[int, str]:
         """Serves until either side ends it -> the WebSocket code and why. Raises what `receive` or `tick` do."""
-        loop = asyncio.get_running_loop()
-        self._heard = began = loop.time()
-        work = [
+        self._heard = began = self._loop.time()
+        work: list[asyncio.Task[None]] = [
             asyncio.create_task(self._read(receive)),
             asyncio.create_task(self._write()),
             asyncio.create_task(self._tick(tick, began)),
         ]
+        either: list[asyncio.Future[Any]] = [*work, self._ended]
         try:
-            await asyncio.wait([*work, self._ended], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             failed = next((t.exception() for t in work if t.done() and t.exception()), None)
             if failed is not None:
                 self.send(error_event("the server failed; connect again", "server_error", kind="server_error"))
@@ -90,7 +99,7 @@ class Connection:
                 code = message.get("code") or 1005
                 self.end(1006 if code == 1000 else code, "the client has gone")
                 return
-            self._heard = asyncio.get_running_loop().time()
+            self._heard = self._loop.time()
             text = message.get("text")
             if text is None:
                 self.send(error_event("the message is binary; send JSON as text", "invalid_json"))
@@ -101,20 +110,23 @@ class Connection:
 
     async def _write(self) -> None:
         while True:
-            text = await self._outbox.get()
+            outbox = self._outbox
+            self._oldest, text = await outbox.get()
             with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # `_read` notices that it is gone
                 await self._websocket.send_text(text)
-            self._unsent -= len(text)
-            self._outbox.task_done()
+            self._unread, self._oldest = self._unread - len(text), None
+            outbox.task_done()
 
     async def _tick(self, tick: Callable[[], None], began: float) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(TICK_S)
             tick()
+            now = self._loop.time()
+            if self._oldest is not None and now - self._oldest > self._limits.unread_s:
+                self._give_up()
             for over, limit, code, what in (
-                (loop.time() - began, self._limits.session_s, "session_expired", "a session may last"),
-                (loop.time() - self._heard, self._limits.idle_s, "session_idle", "a client may be silent for"),
+                (now - began, self._limits.session_s, "session_expired", "a session may last"),
+                (now - self._heard, self._limits.idle_s, "session_idle", "a client may be silent for"),
             ):
                 if over > limit:
                     self.send(error_event(f"{what} {limit:g} s; connect again", code))

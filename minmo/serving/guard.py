@@ -23,11 +23,13 @@ class Denied(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """message_bytes: of one message; unsent_bytes: that a client may leave unread; session_s: of a session; idle_s:
-    without a message; sessions_per_key: at once; resume_s: how long a session waits for its client to come back."""
+    """message_bytes: of one message; unread_s, unread_bytes: how long and how much a client may leave unread; session_s:
+    of a session; idle_s: without a message; sessions_per_key: at once; resume_s: how long a session waits for its
+    client to come back."""
 
     message_bytes: int = 4 << 20
-    unsent_bytes: int = 2 << 20
+    unread_s: float = 15.0
+    unread_bytes: int = 16 << 20
     session_s: float = 3600.0
     idle_s: float = 300.0
     sessions_per_key: int = 8

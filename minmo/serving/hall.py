@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from minmo.conversation import Conversation, History, Phase, Settings
 from minmo.conversation.events import Event
@@ -51,7 +49,9 @@ class Hall:
                 429, "too_many_sessions", f"a key may have {self._limits.sessions_per_key} sessions at once; end one"
             )
 
-    async def enter(self, key: str, connection: Connection, duplex: bool, token: str | None) -> tuple[Session, str | None]:
+    async def enter(
+        self, key: str, connection: Connection, duplex: bool, token: str | None
+    ) -> tuple[Session, str | None]:
         """A session for a connection, that of a token taken up again, and a token to take it up later, with duplex.
 
         Raises Denied for a token that is not known, and what `Scheduler.open` raises.
@@ -76,6 +76,7 @@ class Hall:
                 self._drawing,
                 session.turn_taking(session.settings),
                 history=None if kept is None else kept.history,
+                transcribe=session.settings.transcription,
             )
             session.begin(line)
         except BaseException:
@@ -120,7 +121,9 @@ class Hall:
         while self.live:
             for session, (_, connection) in list(self.live.items()):
                 if session.response is None or time.monotonic() > deadline:
-                    connection.send(error_event("this server is ending; connect again", "draining", kind="server_error"))
+                    connection.send(
+                        error_event("this server is ending; connect again", "draining", kind="server_error")
+                    )
                     connection.end(1012, "this server is ending")
             if time.monotonic() > deadline + 5:
                 return

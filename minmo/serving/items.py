@@ -1,4 +1,5 @@
-"""A conversation's items as its client sees them: messages of either side, in order, with what of their sound is kept."""
+"""A conversation's items as its client sees them: messages of either side, in order, and what is kept of their
+sound."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ KEPT_BYTES = 8 << 20
 
 @dataclass(eq=False)
 class Item:
-    """One message. kind: of its content. text: its words, or its sound's transcript where there is one. reply: the number
-    of the reply that it is, or that answered it. bytes_per_ms: of its sound's format."""
+    """One message. kind: of its content. text: its words, or its sound's transcript where there is one. reply: the
+    number of the reply that it is, or that answered it. bytes_per_ms: of its sound's format."""
 
     id: str
     role: str
@@ -82,7 +83,9 @@ class Items:
 
     def check_free(self, item_id: str) -> None:
         if item_id in self._items:
-            raise ProtocolError(f"there is an item {item_id!r:.80} already; give another id", "item_id_taken", "item.id")
+            raise ProtocolError(
+                f"there is an item {item_id!r:.80} already; give another id", "item_id_taken", "item.id"
+            )
 
     def get(self, item_id: object) -> Item:
         if not isinstance(item_id, str) or item_id not in self._items:

@@ -1,8 +1,8 @@
 """The user's side of a conversation's clock: a conversation moves by the sound that it hears, so where a client sends
 none, silence is heard in its place, at the speed of time.
 
-Sound that came lasts as long as it is, from when it came or from the end of what came before; so a client that sends ten
-seconds at once, every ten seconds, is no different from one that sends a millisecond at a time.
+Sound that came lasts as long as it is, from when it came or from the end of what came before; so a client that sends
+ten seconds at once, every ten seconds, is no different from one that sends a millisecond at a time.
 """
 
 from __future__ import annotations

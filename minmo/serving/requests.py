@@ -1,4 +1,5 @@
-"""What a client asks for, one function a client event: done, or refused with one `error` event, and the session goes on."""
+"""What a client asks for, one function a client event: done, or refused with one `error` event after which the session
+goes on."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ async def receive(session: Session, text: str) -> None:
     except ProtocolError as error:
         session.send(error_event(str(error), error.code, param=error.param, client_event=name))
     except Refused as error:
-        session.send(error_event(str(error), "input_audio_buffer_full", param="audio", client_event=name))
+        session.send(error_event(str(error), "no_room", client_event=name))
     except (ValueError, RuntimeError) as error:  # what a conversation says of a request that it cannot fulfil
         session.send(error_event(str(error), "invalid_request", client_event=name))
 
@@ -42,6 +43,7 @@ async def update(session: Session, event: Json) -> None:
             conversation.turn_taking = turn_taking
         return []
 
+    await session.transcribe(settings.transcription)
     await session.do(change)
     session.updated(settings)
     session.send({"type": "session.updated", "session": session.as_json()})
@@ -67,8 +69,7 @@ async def commit(session: Session, event: Json) -> None:
 
 async def clear(session: Session, event: Json) -> None:
     session.decoder.flush()
-    await session.do(Conversation.clear, after_sound=True)
-    session.clear()
+    await session.clear()
     session.send({"type": "input_audio_buffer.cleared"})
 
 
@@ -109,7 +110,7 @@ async def delete_item(session: Session, event: Json) -> None:
         raise ProtocolError("the item is being answered; cancel the response first", "item_in_progress", "item_id")
     number = item.reply
     if number is None:
-        await session.do(Conversation.clear, after_sound=True)
+        await session.clear()
     else:
         await session.do(lambda conversation: conversation.remove(number))
     for other in [i for i in session.items if i.reply == number]:
@@ -161,7 +162,7 @@ async def cancel_response(session: Session, event: Json) -> None:
     running = session.response
     if running is None or event.get("response_id") not in (None, running.id):
         raise ProtocolError("there is no such response running", "response_cancel_not_active", "response_id")
-    await session.do(Conversation.stop)
+    await session.do(lambda conversation: conversation.stop())
 
 
 async def acknowledge(session: Session, event: Json) -> None:

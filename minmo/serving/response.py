@@ -49,7 +49,11 @@ class Wishes:
                 "unsupported",
                 where,
             )
-        kind = modality(given["output_modalities"], f"{where}.output_modalities") if given.get("output_modalities") else None
+        kind = (
+            modality(given["output_modalities"], f"{where}.output_modalities")
+            if given.get("output_modalities")
+            else None
+        )
         most = max_tokens(given.get("max_output_tokens"), f"{where}.max_output_tokens")
         audio = an_object(given.get("audio") or {}, f"{where}.audio")
         check_fields(audio, {"output"}, f"{where}.audio")
@@ -78,7 +82,8 @@ class Response:
             reply=reply,
             bytes_per_ms=self._encoder.rate * self._encoder.width / 1e3,
         )
-        self._status, self._reason = "in_progress", None
+        self._status = "in_progress"
+        self._reason: str | None = None
 
     def begin(self, previous: str | None) -> None:
         """It has been created; its item follows that of `previous`."""

@@ -15,8 +15,8 @@ from starlette.applications import Starlette
 from minmo.serving.hall import Hall
 from minmo.serving.telemetry import log, log_to_stderr
 
-HARD_BYTES = 16 << 20
-"""A longer message is no event any more: its connection ends with 1009."""
+HARD_BYTES = 32 << 20
+"""A message that is longer than may be is read and refused up to here; beyond, its connection ends with 1009."""
 PING_S = 20.0
 """A client that answers no ping for so long has gone."""
 
@@ -55,12 +55,10 @@ class Draining(uvicorn.Server):
             self.should_exit = True
 
 
-def run(
-    app: Starlette, hall: Hall, host: str, port: int, tls_cert: Path | None, tls_key: Path | None, drain_s: float
-) -> None:
-    """Serves until a signal ends it."""
-    log_to_stderr()
-    config = uvicorn.Config(
+def config(
+    app: Starlette, host: str, port: int, tls_cert: Path | None = None, tls_key: Path | None = None
+) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         host,
         port,
@@ -76,4 +74,9 @@ def run(
         server_header=False,
         timeout_graceful_shutdown=5,
     )
+
+
+def run(config: uvicorn.Config, hall: Hall, drain_s: float) -> None:
+    """Serves until a signal ends it."""
+    log_to_stderr()
     Draining(config, hall, drain_s).run()

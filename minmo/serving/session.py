@@ -48,8 +48,8 @@ KEPT_RESPONSES = 16
 
 class Session:
     """settings: as at the beginning. drawing: how replies are drawn. rate: of the model's sound. send: takes a server
-    event; end: closes the connection, with a WebSocket code and a reason. duplex: whether the client wants `?duplex=1`'s
-    events, too."""
+    event; end: closes the connection, with a WebSocket code and a reason. duplex: whether the client wants the events
+    of `?duplex=1`, too."""
 
     def __init__(
         self,
@@ -137,9 +137,7 @@ class Session:
 
     def drawing(self, wishes: Wishes) -> Settings:
         """How a reply is drawn that is wished for."""
-        return dataclasses.replace(
-            self._drawing, speak=wishes.modality == "audio", max_text_tokens=wishes.max_tokens
-        )
+        return dataclasses.replace(self._drawing, speak=wishes.modality == "audio", max_text_tokens=wishes.max_tokens)
 
     def updated(self, settings: SessionSettings) -> None:
         """Goes on with other settings."""
@@ -158,6 +156,11 @@ class Session:
         if self.line is None:
             raise RuntimeError("this session is over; connect again")
         await asyncio.wrap_future(self.line.do(action, after_sound=after_sound))
+
+    async def transcribe(self, wanted: bool) -> None:
+        """Whether the user's turns are transcribed. Raises Refused where there is no time for it."""
+        if self.line is not None and wanted != self.settings.transcription:
+            await asyncio.wrap_future(self.line.transcribe(wanted))
 
     def hear(self, sound: np.ndarray) -> None:
         """sound (n,) at 16 kHz. Raises Refused where too much waits."""
@@ -189,8 +192,10 @@ class Session:
         self.send({"type": "input_audio_buffer.committed", "previous_item_id": previous, "item_id": item.id})
         self.add(item)
 
-    def clear(self) -> None:
-        """What the client has sent is forgotten."""
+    async def clear(self) -> None:
+        """What the client has sent since the last turn is forgotten."""
+        if self.line is not None:
+            await asyncio.wrap_future(self.line.clear())
         self.input = self._next_input()
         self._voice_ms = self._pause_ends_ms = None
 
@@ -198,16 +203,16 @@ class Session:
 
     def on_events(self, events: list[Event]) -> None:
         for event in events:
-            self._told_by[type(event)](self, event)  # type: ignore[arg-type]
+            self._told_by[type(event)](self, event)
 
     def _decision(self, event: Decision) -> None:
         self._phase = event.phase
         if self.duplex:
             speaks = event.phase in (Phase.TAKING, Phase.SPEAKING)
-            told = {"at_ms": self.microphone.client_ms(event.at_ms), "phase": event.phase.value}
+            told: Json = {"at_ms": self.microphone.client_ms(event.at_ms), "phase": event.phase.value}
             told |= {"answer": round(event.answer, 4), "stop": round(event.stop, 4)}
             self.send({"type": "response.speak" if speaks else "response.listen", **told})
-        if event.phase is not Phase.LISTENING:
+        if event.phase is not Phase.LISTENING or self.response is not None:
             return
         self._tell_voice()
         if self._judge is not None and self._judge.hear(event.answer, event.stop):
@@ -259,7 +264,7 @@ class Session:
             self.commit()
 
     def _turn_taken(self, event: TurnTaken) -> None:
-        self._turn_over(event.at_ms)
+        self._turn_over(event.voice_ended_ms)
         wishes = self.wishes or Wishes.of(None, self.settings)
         response = Response(event.reply, wishes, self.conversation_id, self._rate, self.send)
         self.response = self.responses[response.id] = response

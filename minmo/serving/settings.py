@@ -81,14 +81,16 @@ class SessionSettings:
     def updated(self, given: Any) -> SessionSettings:
         """With the fields of a `session.update`, all or none of them: absent means unchanged. Raises ProtocolError."""
         given = an_object(given, "session")
-        check_fields(
-            given, {"type", "model", "output_modalities", "audio", "max_output_tokens", *NEUTRAL}, "session"
-        )
+        check_fields(given, {"type", "model", "output_modalities", "audio", "max_output_tokens", *NEUTRAL}, "session")
         changes: dict[str, Any] = {}
         if given.get("type", "realtime") != "realtime":
-            raise ProtocolError("session.type must be realtime: only conversations are served", "unsupported", "session.type")
+            raise ProtocolError(
+                "session.type must be realtime: only conversations are served", "unsupported", "session.type"
+            )
         if given.get("model", self.model) not in (None, self.model):
-            raise ProtocolError(f"session.model is {self.model} here and cannot be changed", "unsupported", "session.model")
+            raise ProtocolError(
+                f"session.model is {self.model} here and cannot be changed", "unsupported", "session.model"
+            )
         refuse_what_is_lacking(given, "session")
         if "output_modalities" in given:
             changes["modality"] = modality(given["output_modalities"], "session.output_modalities")
@@ -130,7 +132,9 @@ def refuse_what_is_lacking(given: Json, where: str) -> None:
     for name, values in NEUTRAL.items():
         if name in given and given[name] not in values:
             why = LACKS.get(name, "the model has nothing like it")
-            raise ProtocolError(f"{where}.{name} is not supported: {why}; leave it out", "unsupported", f"{where}.{name}")
+            raise ProtocolError(
+                f"{where}.{name} is not supported: {why}; leave it out", "unsupported", f"{where}.{name}"
+            )
 
 
 def modality(value: Any, where: str) -> str:
@@ -147,7 +151,9 @@ def output_audio(given: Json, where: str) -> dict[str, Any]:
     """audio.output of a session or a response -> what it changes."""
     check_fields(given, {"format", "voice", "speed"}, where)
     if given.get("voice", VOICE) not in (None, VOICE):
-        raise ProtocolError(f"the model has one voice, {VOICE!r}; leave {where}.voice out", "unsupported", f"{where}.voice")
+        raise ProtocolError(
+            f"the model has one voice, {VOICE!r}; leave {where}.voice out", "unsupported", f"{where}.voice"
+        )
     if given.get("speed", 1) not in (None, 1):
         raise ProtocolError(f"speech has one speed, 1; leave {where}.speed out", "unsupported", f"{where}.speed")
     return {"output_format": _format(given["format"], f"{where}.format")} if given.get("format") is not None else {}
@@ -179,7 +185,9 @@ def _input(given: Json) -> dict[str, Any]:
         changes["input_format"] = _format(given["format"], f"{where}.format")
     if given.get("noise_reduction") is not None:
         raise ProtocolError(
-            f"{where}.noise_reduction is not supported; reduce noise before you send", "unsupported", f"{where}.noise_reduction"
+            f"{where}.noise_reduction is not supported; reduce noise before you send",
+            "unsupported",
+            f"{where}.noise_reduction",
         )
     if "transcription" in given:
         changes["transcription"] = given["transcription"] is not None
@@ -209,7 +217,9 @@ def _turn_detection(value: Any, where: str) -> TurnDetection | None:
     check_fields(given, both | {"threshold", "prefix_padding_ms", "silence_duration_ms", "idle_timeout_ms"}, where)
     for name, fixed in (("threshold", 0.5), ("prefix_padding_ms", 300), ("idle_timeout_ms", None)):
         if given.get(name, fixed) not in (None, fixed):
-            raise ProtocolError(f"{where}.{name} cannot be set: it is {fixed}; leave it out", "unsupported", f"{where}.{name}")
+            raise ProtocolError(
+                f"{where}.{name} cannot be set: it is {fixed}; leave it out", "unsupported", f"{where}.{name}"
+            )
     if given.get("silence_duration_ms") is not None:
         least = a_number(given["silence_duration_ms"], f"{where}.silence_duration_ms", SILENCE_MS, 10_000, whole=True)
         found["silence_duration_ms"] = int(least)

@@ -1,4 +1,5 @@
-"""What an operator sees: log lines as JSON with a session's id, and metrics for Prometheus. Neither holds sound or words."""
+"""What an operator sees: log lines as JSON with a session's id, and metrics for Prometheus. Neither holds sound or
+words."""
 
 from __future__ import annotations
 
@@ -41,6 +42,7 @@ def log_to_stderr(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)  # its debug lines would show what is said
     logging.getLogger("minmo").setLevel(level)
 
 
@@ -66,4 +68,28 @@ class _Scheduler(Collector):
         self._scheduler = scheduler
 
     def collect(self) -> Iterator[Metric]:
-        yield from ()
+        found = self._scheduler.statistics()
+        yield GaugeMetricFamily("minmo_sessions", "Conversations that run.", found.sessions)
+        yield CounterMetricFamily("minmo_ticks", "Ticks of 80 ms that were heard.", found.ticks)
+        yield CounterMetricFamily("minmo_deadline_misses", "Ticks that took more than 80 ms.", found.deadline_misses)
+        yield GaugeMetricFamily("minmo_lag_seconds", "How long the oldest tick that is due waits.", found.lag_ms / 1e3)
+        yield CounterMetricFamily("minmo_busy_seconds", "Seconds spent computing.", found.busy_s)
+        for name, what, spread in (
+            ("tick", "From a tick's sound to its events.", found.tick_ms),
+            ("first_audio", "From the end of the user's voice to the first sound.", found.first_audio_ms),
+            ("stop_decided", "From an interrupting voice to the decision.", found.stop_decided_ms),
+            ("stop_sent", "From an interrupting voice to the last sound sent.", found.stop_sent_ms),
+            ("stop_played", "From an interrupting voice to the last sound's end.", found.stop_played_ms),
+        ):
+            gauge = GaugeMetricFamily(f"minmo_{name}_seconds", f"{what} Of the newest 10,000.", labels=["quantile"])
+            for quantile, ms in (("0.5", spread.p50), ("0.95", spread.p95), ("0.99", spread.p99)):
+                gauge.add_metric([quantile], ms / 1e3)
+            yield gauge
+        waiting = GaugeMetricFamily("minmo_waiting", "Pieces of work that wait, by kind.", labels=["kind"])
+        steps = CounterMetricFamily("minmo_steps", "Batches computed, by kind.", labels=["kind"])
+        for kind, count in found.waiting.items():
+            waiting.add_metric([kind], count)
+        for kind, count in found.steps.items():
+            steps.add_metric([kind], count)
+        yield waiting
+        yield steps
