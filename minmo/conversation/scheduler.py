@@ -87,6 +87,11 @@ class Scheduler:
         """
         return self._call(lambda: self._begin(on_events, settings, turn_taking, history, transcribe))
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs: else every call raises, and only another scheduler helps."""
+        return self._thread.is_alive()
+
     def statistics(self) -> Statistics:
         """From any thread."""
         now = time.perf_counter()

@@ -81,8 +81,9 @@ class Server:
         await self.hall.drain(0.0)
 
     async def health(self, request: Request) -> Response:
-        """Whether the process serves at all."""
-        return JSONResponse({"status": "ok"})
+        """Whether the process can serve at all; where not, only another one can."""
+        alive = self.scheduler.alive
+        return JSONResponse({"status": "ok" if alive else "the engine has failed"}, 200 if alive else 503)
 
     async def ready(self, request: Request) -> Response:
         """Whether a session may begin here."""

@@ -23,9 +23,9 @@ class Denied(Exception):
 
 @dataclass(frozen=True)
 class Limits:
-    """message_bytes: of one message; unread_s, unread_bytes: how long and how much a client may leave unread; session_s:
-    of a session; idle_s: without a message; sessions_per_key: at once; resume_s: how long a session waits for its
-    client to come back."""
+    """message_bytes: of one message; unread_s, unread_bytes: that a client may leave unread, how long and how much;
+    session_s: of a session; idle_s: without a message; sessions_per_key: at once; resume_s: how long a session waits
+    for its client to come back."""
 
     message_bytes: int = 4 << 20
     unread_s: float = 15.0

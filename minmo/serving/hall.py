@@ -54,7 +54,7 @@ class Hall:
     ) -> tuple[Session, str | None]:
         """A session for a connection, that of a token taken up again, and a token to take it up later, with duplex.
 
-        Raises Denied for a token that is not known, and what `Scheduler.open` raises.
+        Raises Denied, also for a token that is not known, and what `Scheduler.open` raises.
         """
         kept = None if token is None else await self._take_up(key, token)
         session = Session(
@@ -65,8 +65,9 @@ class Hall:
             connection.end,
             duplex=duplex,
         )
-        self.live[session] = key, connection  # from here on it counts
         try:
+            self.check_room(key)  # again: others may have come in meanwhile
+            self.live[session] = key, connection
             if kept is not None:
                 session.items, session.conversation_id = kept.items, kept.conversation_id
             loop = asyncio.get_running_loop()
@@ -80,7 +81,7 @@ class Hall:
             )
             session.begin(line)
         except BaseException:
-            del self.live[session]
+            self.live.pop(session, None)
             if kept is not None and token is not None:
                 self._keep(token, key, kept)
             raise

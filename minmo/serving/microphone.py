@@ -34,7 +34,7 @@ class Microphone:
 
     def rest(self, now: float) -> None:
         """The client has ended its turn: time goes on from here, whatever sound came ahead of it."""
-        self._until = min(self._until, now - LATE_S)
+        self._until = min(self._until, now)
 
     def missing(self, now: float) -> int:
         """Ticks of silence that are due now; they count as heard."""

@@ -3,6 +3,7 @@ goes on."""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from minmo.conversation import Conversation
@@ -142,20 +143,21 @@ async def create_response(session: Session, event: Json) -> None:
             "conversation_already_has_active_response",
         )
     wishes = Wishes.of(event.get("response"), session.settings)
-    drawing = session.drawing(wishes)
+    drawing, loop = session.drawing(wishes), asyncio.get_running_loop()
+
+    def wish() -> None:
+        session.wishes = wishes
 
     def take(conversation: Conversation) -> list[Event]:
         kept, conversation.settings = conversation.settings, drawing
         try:
-            return conversation.take_turn()
+            events = conversation.take_turn()
         finally:
             conversation.settings = kept
+        loop.call_soon_threadsafe(wish)  # ahead of the events: the predictor's own replies are not meant
+        return events
 
-    session.wishes = wishes
-    try:
-        await session.do(take, after_sound=True)
-    finally:
-        session.wishes = None
+    await session.do(take, after_sound=True)
 
 
 async def cancel_response(session: Session, event: Json) -> None:

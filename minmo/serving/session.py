@@ -76,7 +76,7 @@ class Session:
         """The one that runs: it has been created and is not done."""
         self.responses: dict[str, Response] = {}
         self.wishes: Wishes | None = None
-        """Of the response that is being asked for."""
+        """Of the response whose begin is told next, where it was asked for."""
         self.stopping = "client_cancelled"
         """Why the reply is being stopped, where it is not the predictor that does."""
         self._phase = Phase.LISTENING
@@ -265,7 +265,8 @@ class Session:
 
     def _turn_taken(self, event: TurnTaken) -> None:
         self._turn_over(event.voice_ended_ms)
-        wishes = self.wishes or Wishes.of(None, self.settings)
+        wishes, self.wishes = self.wishes or Wishes.of(None, self.settings), None
+        self.stopping = "client_cancelled"
         response = Response(event.reply, wishes, self.conversation_id, self._rate, self.send)
         self.response = self.responses[response.id] = response
         if len(self.responses) > KEPT_RESPONSES:

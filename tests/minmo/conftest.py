@@ -219,6 +219,7 @@ class ScriptedScheduler:
 
     def __init__(self, reply_s=1.0, rooms=100):
         self.reply_s, self.rooms, self.fault, self.lines, self.opened = reply_s, rooms, "", [], []
+        self.alive = True
         self.model = SimpleNamespace(config=SimpleNamespace(vocoder=SimpleNamespace(sample_rate=RATE)))
 
     def open(self, on_events, settings, turn_taking, *, history=None, transcribe=False):

@@ -1,5 +1,5 @@
-"""The server over loopback, its conversations scripted: the protocol, its errors, limits, keys, resume, and what clients
-may do to it. Every event that it sends is one of the stock SDK's types, or one of ours by name."""
+"""The server over loopback, its conversations scripted: the protocol, its errors, limits, keys, resume, and what
+clients may do to it. Every event that it sends is one of the stock SDK's types, or one of ours by name."""
 
 from __future__ import annotations
 
@@ -474,7 +474,6 @@ def test_clients_that_do_not_read(serve, scripted, client):
     for _ in range(6):
         c.say(np.zeros(40 * 24_000, np.float32))  # of a reply as much is sent: more than the kernel's buffers hold
     until_true(lambda: len(running.scheduler.lines) == 1)
-    until_true(lambda: len(running.uvicorn.server_state.connections) == 1)
     other.say(VOICE, SILENCE)
     other.until("response.created")
 
@@ -685,7 +684,7 @@ def test_nothing_is_kept_unless_asked(serve, scripted, client, tmp_path, caplog)
     (folder,) = tmp_path.iterdir()
     import minmo
 
-    assert abs(len(minmo.load_audio(folder / "user.wav")) - 3 * 16_000) < 100
+    assert abs(len(minmo.load_audio(folder / "user.wav")) - 3 * 16_000) < 800  # the resampler keeps back 33 ms
     assert len(minmo.load_audio(folder / "assistant.wav")) == pytest.approx(0.8 * 16_000, abs=2)
     assert "three and four" in (folder / "events.jsonl").read_text()
 
