@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from importlib import resources
 
 import numpy as np
@@ -62,11 +63,21 @@ def browse(tmp_path):
             browser.close()
 
 
+def wait_for(page, condition, *arguments):
+    """Until a JavaScript function says so, asked from outside: the page's own policy lets it evaluate nothing."""
+    until = time.monotonic() + WAIT_MS / 1e3
+    while not page.evaluate(condition, *arguments):
+        assert time.monotonic() < until, f"{condition} {arguments} did not come about; {page.inner_text('body')}"
+        page.wait_for_timeout(30)
+
+
 def wait_for_text(page, selector, pattern):
-    page.wait_for_function(
-        "([at, pattern]) => [...document.querySelectorAll(at)].some(e => new RegExp(pattern).test(e.textContent))",
-        arg=[selector, pattern],
-    )
+    found = "([at, pattern]) => [...document.querySelectorAll(at)].some(e => new RegExp(pattern).test(e.textContent))"
+    wait_for(page, found, [selector, pattern])
+
+
+def wait_for_level(page, whose):
+    wait_for(page, "whose => Number(document.getElementById(whose).getAttribute('aria-valuenow')) > 30", whose)
 
 
 def test_a_conversation_with_a_barge_in(serve, scripted, browse, tmp_path):
@@ -82,8 +93,8 @@ def test_a_conversation_with_a_barge_in(serve, scripted, browse, tmp_path):
     wait_for_text(page, ".user", "what is it")
     wait_for_text(page, ".assistant", "three and four")
     wait_for_text(page, "#state", "Speaking")
-    page.wait_for_function("Number(document.getElementById('minmo').getAttribute('aria-valuenow')) > 30")
-    page.wait_for_function("Number(document.getElementById('you').getAttribute('aria-valuenow')) > 30")
+    wait_for_level(page, "minmo")
+    wait_for_level(page, "you")
     page.screenshot(path=tmp_path / "speaking.png")
     wait_for_text(page, ".assistant", "interrupted")
     wait_for_text(page, "#stop", r"\d ms")
@@ -96,7 +107,7 @@ def test_a_conversation_with_a_barge_in(serve, scripted, browse, tmp_path):
     # Escape cuts the next reply, before any voice does.
     wait_for_text(page, "#state", "Speaking")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.querySelectorAll('.assistant small').length > 1")
+    wait_for(page, "() => document.querySelectorAll('.assistant small').length > 1")
     page.get_by_role("radio", name="Low").press("Space")
     for _ in range(3000):
         (session,) = running.server.hall.live
@@ -120,7 +131,7 @@ def test_a_dropped_connection_comes_back(serve, scripted, browse):
     wait_for_text(page, ".assistant", "three and four")
     for connection in list(running.uvicorn.server_state.connections):
         running.uvicorn._loop.call_soon_threadsafe(connection.transport.abort)
-    page.wait_for_function("document.querySelectorAll('.assistant').length > 1")
+    wait_for(page, "() => document.querySelectorAll('.assistant').length > 1")
     assert len(running.scheduler.opened) == 2
     assert len(running.scheduler.opened[1].conversation.history.exchanges) >= 2
     page.problems.clear()  # the browser says that the connection broke
@@ -148,7 +159,7 @@ def test_nano_answers(serve, browse, tmp_path):
         page = browse(serve(scheduler, drawing=drawing).url, silence(1), SUM, silence(12))
         page.get_by_role("button", name="Talk").click()
         wait_for_text(page, ".assistant", "eight")
-        page.wait_for_function("Number(document.getElementById('minmo').getAttribute('aria-valuenow')) > 20")
+        wait_for_level(page, "minmo")
         wait_for_text(page, ".user", "[a-z]")
         page.screenshot(path=tmp_path / "nano.png")
         page.get_by_role("button", name="Stop", exact=True).click()
