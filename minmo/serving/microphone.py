@@ -14,8 +14,8 @@ from minmo.config import SAMPLE_RATE, TICK
 TICK_S = TICK / SAMPLE_RATE
 LATE_S = 0.2
 """Sound may come so late before silence takes its place."""
-AT_ONCE = 25
-"""Most ticks of silence at once: of a longer gap, which no clock but a stopped one leaves, the rest is forgotten."""
+AT_ONCE = 5
+"""Most ticks of silence at once: of a longer gap, while nobody asked, the rest is forgotten."""
 
 
 class Microphone:
@@ -54,6 +54,10 @@ class Microphone:
         if len(self._gaps) > 100:
             self._silent_ms += self._gaps.popleft()[1]
         return due
+
+    def ahead_ms(self, at_ms: float) -> float:
+        """How much more has come, and silence in its place, than a conversation has heard by then."""
+        return self._heard_ms - at_ms
 
     def since(self, now: float) -> float:
         """Seconds since the client's sound ended."""

@@ -40,6 +40,8 @@ from minmo.serving.sound import Encoding
 
 ATTENTION_S = 10.0
 """How long silence is heard in place of a client's sound that has ended, unless a reply runs."""
+BEHIND_MS = 400.0
+"""Sound that may wait to be heard while silence still takes the place of more."""
 FORGOTTEN = -1
 """Number of a reply that the context does not hold any more."""
 KEPT_RESPONSES = 16
@@ -79,7 +81,7 @@ class Session:
         """Of the response whose begin is told next, where it was asked for."""
         self.stopping = "client_cancelled"
         """Why the reply is being stopped, where it is not the predictor that does."""
-        self._phase = Phase.LISTENING
+        self._phase, self._at_ms = Phase.LISTENING, 0.0
         self._voice_ms: float | None = None
         """Where the user's voice began, while it lasts."""
         self._voice_told = False
@@ -175,6 +177,8 @@ class Session:
         idle = self._phase is Phase.LISTENING and self.response is None
         if self.line is None or (idle and self.microphone.since(now) > ATTENTION_S):
             return
+        if self.microphone.ahead_ms(self._at_ms) > BEHIND_MS:
+            return  # silence would only make an engine later that is late already
         if due := self.microphone.missing(now):
             self.line.hear(np.zeros(due * TICK, np.float32))
 
@@ -206,7 +210,7 @@ class Session:
             self._told_by[type(event)](self, event)
 
     def _decision(self, event: Decision) -> None:
-        self._phase = event.phase
+        self._phase, self._at_ms = event.phase, event.at_ms
         if self.duplex:
             speaks = event.phase in (Phase.TAKING, Phase.SPEAKING)
             told: Json = {"at_ms": self.microphone.client_ms(event.at_ms), "phase": event.phase.value}
