@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,9 +130,11 @@ class Server:
             session.greet(token, resumed=resume is not None)
             end = await connection.run(lambda text: requests.receive(session, text), session.tick)
         finally:
-            await self.hall.leave(session, token)
-            if session.recorder is not None:
-                session.recorder.close()
+            try:
+                await self.hall.leave(session, token)
+            finally:
+                if session.recorder is not None:
+                    session.recorder.close()
             self.metrics.closed.labels(str(end[0])).inc()
             log("session ended", session.id, code=end[0], reason=end[1])
 
@@ -151,7 +153,7 @@ class Server:
         return duplex == "1" or resume is not None, resume
 
 
-def _page(name: str, kind: str):  # type: ignore[no-untyped-def]
+def _page(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:
     body = (PAGE / name).read_bytes()
 
     async def serve(request: Request) -> Response:

@@ -21,6 +21,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 = any that is free.")] = 8000,
     preset: Annotated[str, typer.Option(help="A preset, or a checkpoint directory.")] = "nano",
     sessions: Annotated[int, typer.Option(min=1, max=2048, help="Most at once, if the machine keeps up.")] = 4,
+    measure: Annotated[
+        bool, typer.Option(help="First measure how many sessions the machine keeps up with, and refuse more.")
+    ] = True,
     weights: Annotated[
         str | None, typer.Option(help=f"One of {', '.join(WEIGHTS)} (default: the model's own).")
     ] = None,
@@ -53,6 +56,7 @@ def serve(
         from minmo.serving.run import config, run
     except ImportError as error:
         raise ValueError(f"serving needs more packages ({error.name} is missing): pip install 'minmo[serve]'") from None
+    from minmo.conversation.budget import Budget
     from minmo.conversation.scheduler import Scheduler
 
     keys = _keys(api_keys)
@@ -81,7 +85,8 @@ def serve(
             f"UNTRAINED: {model.config.name} has {model.provenance}; its replies mean nothing",
             style="yellow", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-    scheduler = Scheduler(model, max_sessions=sessions)
+    budget = None if measure else Budget(*[{1: 0.001}] * 4)  # as if steps cost nothing
+    scheduler = Scheduler(model, budget=budget, max_sessions=sessions)
     limits = Limits(session_s=session_seconds, idle_s=idle_seconds, sessions_per_key=sessions_per_key)
     guard = Guard(keys, origin or (), local=local)
     server = Server(scheduler, Path(preset).name, drawing, guard, limits, record)

@@ -31,6 +31,7 @@ class Connection:
         self._oldest: float | None = None
         """When what is being written was put in."""
         self._heard = 0.0
+        self._gone = False
         self._ended: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
         self.gone = asyncio.Event()
         """Whether it is over and its session has been put away."""
@@ -73,7 +74,7 @@ class Connection:
                 self.send(error_event("the server failed; connect again", "server_error", kind="server_error"))
                 self.end(1011, "the server failed")
             code, reason = self._ended.result() if self._ended.done() else (1006, "the client has gone")
-            if code not in (1005, 1006):
+            if not self._gone:
                 await self._say_farewell(work, code, reason)
             if failed is not None:
                 raise failed
@@ -96,8 +97,8 @@ class Connection:
         while True:
             message = await self._websocket.receive()
             if message["type"] == "websocket.disconnect":
-                code = message.get("code") or 1005
-                self.end(1006 if code == 1000 else code, "the client has gone")
+                self._gone = True
+                self.end(message.get("code") or 1005, "the client has gone")
                 return
             self._heard = self._loop.time()
             text = message.get("text")

@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
@@ -38,17 +39,18 @@ class Limits:
 
 class Guard:
     """keys: any of them opens; none are needed where there are none. origins: of other sites' pages that may connect.
-    local: whether the server is bound to this machine alone: then its Host must be this machine's, too."""
+    local: whether the server is bound to this machine alone: then its Host must be this machine's, or an origin's."""
 
     def __init__(self, keys: Iterable[str] = (), origins: Iterable[str] = (), *, local: bool = True) -> None:
         self._keys = [key.encode() for key in keys]
         self._origins = set(origins)
+        self._hosts = {urlsplit(origin).netloc for origin in self._origins}
         self._local = local
 
     def admit(self, connection: HTTPConnection) -> str:
         """Whose request it is: the number of its key. Raises Denied."""
         host, origin = connection.headers.get("host", ""), connection.headers.get("origin")
-        if self._local and not is_local(host.rsplit(":", 1)[0].strip("[]")):
+        if self._local and host not in self._hosts and not is_local(urlsplit(f"//{host}").hostname or ""):
             # A name that a stranger's page has pointed at this machine would have the page's own origin.
             raise Denied(403, "wrong_host", f"this server is {host!r:.100} to nobody; use 127.0.0.1 or localhost")
         own = {f"{scheme}://{host}" for scheme in ("http", "https")}

@@ -18,6 +18,9 @@ from minmo.serving.protocol import error_event
 from minmo.serving.session import Session
 from minmo.serving.settings import SessionSettings
 
+MOST_KEPT = 64
+"""Sessions that wait for their clients at once; of more, the oldest are given up."""
+
 
 @dataclass(frozen=True, eq=False)
 class Kept:
@@ -145,6 +148,11 @@ class Hall:
         return found
 
     def _keep(self, token: str, key: str, kept: Kept) -> None:
+        for item in kept.items:
+            item.sound = None
+        waiting = [token for token, found in self._tokens.items() if isinstance(found, Kept)]
+        if len(waiting) >= MOST_KEPT:
+            del self._tokens[waiting[0]], self._owners[waiting[0]]
         self._tokens[token], self._owners[token] = kept, key
 
         def forget() -> None:

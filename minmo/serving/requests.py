@@ -13,7 +13,7 @@ from minmo.serving import protocol
 from minmo.serving.items import Item
 from minmo.serving.protocol import Json, ProtocolError, a_number, a_string, an_object, check_fields, error_event, new_id
 from minmo.serving.response import Wishes
-from minmo.serving.session import Session
+from minmo.serving.session import FORGOTTEN, Session
 
 LEAST_MS = 100
 """Sound that a client must have sent to commit it."""
@@ -110,11 +110,12 @@ async def delete_item(session: Session, event: Json) -> None:
     if session.response is not None and item.reply == session.response.reply:
         raise ProtocolError("the item is being answered; cancel the response first", "item_in_progress", "item_id")
     number = item.reply
+    gone = [item] if number == FORGOTTEN else [i for i in session.items if i.reply == number]
     if number is None:
         await session.clear()
-    else:
+    elif number != FORGOTTEN:
         await session.do(lambda conversation: conversation.remove(number))
-    for other in [i for i in session.items if i.reply == number]:
+    for other in gone:
         session.items.delete(other)
         session.send({"type": "conversation.item.deleted", "item_id": other.id})
 

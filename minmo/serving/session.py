@@ -89,6 +89,7 @@ class Session:
         """With server_vad: when a pause will have been long enough."""
         self._judge: Floor | None = None
         """Decides which turns are over, where they are not answered by themselves."""
+        self.updated(settings)
 
     def as_json(self) -> Json:
         return {"id": self.id} | self.settings.as_json()
@@ -200,6 +201,9 @@ class Session:
         """What the client has sent since the last turn is forgotten."""
         if self.line is not None:
             await asyncio.wrap_future(self.line.clear())
+        for item in self.items:
+            if item.reply is None:
+                item.reply = FORGOTTEN
         self.input = self._next_input()
         self._voice_ms = self._pause_ends_ms = None
 
@@ -310,6 +314,8 @@ class Session:
     def _interrupted(self, event: Interrupted) -> None:
         running = next((r for r in self.responses.values() if r.reply == event.reply), None)
         self._finish("cancelled", "turn_detected" if event.by_user else self.stopping)
+        if event.by_user and self._voice_ms is None:  # it went on through the turn, or is too soft to be noticed
+            self._voice_ms, self._voice_told = event.at_ms, False
         self.stopping = "client_cancelled"
         if self.duplex and running is not None:
             times = {name: getattr(event, name) for name in ("heard_ms", "decided_ms", "sent_ms", "played_ms")}
