@@ -35,7 +35,7 @@ from minmo.serving.microphone import Microphone
 from minmo.serving.protocol import Json, error_event, new_id
 from minmo.serving.recording import Recorder
 from minmo.serving.response import Response, Wishes
-from minmo.serving.settings import SILENCE_MS, SessionSettings
+from minmo.serving.settings import SessionSettings
 from minmo.serving.sound import Encoding
 
 ATTENTION_S = 10.0
@@ -256,7 +256,7 @@ class Session:
         detection = self.settings.turn_detection
         self._tell_voice_end(event.audio_end_ms)
         if detection is not None and detection.kind == "server_vad":
-            self._pause_ends_ms = event.audio_end_ms + max(SILENCE_MS, detection.silence_duration_ms)
+            self._pause_ends_ms = event.audio_end_ms + detection.silence_duration_ms
 
     def _tell_voice_end(self, at_ms: float) -> None:
         if self._voice_ms is not None and self._voice_told:

@@ -44,7 +44,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "instructions": (None, ""),
     "tools": (None, []),
     "tool_choice": (None, "auto", "none"),
-    "parallel_tool_calls": (None, False),
+    "parallel_tool_calls": (None, False, True),
     "include": (None, []),
     "prompt": (None,),
     "reasoning": (None,),
@@ -56,7 +56,6 @@ LACKS = {
     "instructions": "the model follows no instructions",
     "tools": "the model calls no tools",
     "tool_choice": "the model calls no tools",
-    "parallel_tool_calls": "the model calls no tools",
     "truncation": "the oldest turns are forgotten where the context is full",
 }
 
@@ -221,6 +220,6 @@ def _turn_detection(value: Any, where: str) -> TurnDetection | None:
                 f"{where}.{name} cannot be set: it is {fixed}; leave it out", "unsupported", f"{where}.{name}"
             )
     if given.get("silence_duration_ms") is not None:
-        least = a_number(given["silence_duration_ms"], f"{where}.silence_duration_ms", SILENCE_MS, 10_000, whole=True)
-        found["silence_duration_ms"] = int(least)
+        asked = a_number(given["silence_duration_ms"], f"{where}.silence_duration_ms", 0, 10_000, whole=True)
+        found["silence_duration_ms"] = max(SILENCE_MS, int(asked))  # as `session.updated` tells
     return TurnDetection(**found)

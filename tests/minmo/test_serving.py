@@ -28,6 +28,7 @@ from websockets.sync.client import connect  # noqa: E402
 import minmo  # noqa: E402
 from minmo.conversation import Phase  # noqa: E402
 from minmo.conversation import events as E  # noqa: E402
+from minmo.serving import command  # noqa: E402
 from minmo.serving.app import PAGE, PAGES  # noqa: E402
 from minmo.serving.guard import Guard, Limits  # noqa: E402
 from minmo.serving.microphone import Microphone  # noqa: E402
@@ -535,6 +536,24 @@ def test_our_own_page_and_those_that_are_let_in(serve, scripted, client):
     running = serve(scripted(), guard=Guard(origins=["https://friend.example"]))
     client(running, origin=running.url)
     client(running, origin="https://friend.example")
+
+
+def test_it_does_not_open_to_strangers(tmp_path, monkeypatch):
+    """All of it is said before a model is loaded."""
+    monkeypatch.setattr(command.FastMinMo, "from_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
+    (short := tmp_path / "short").write_text("secret\n")
+    (empty := tmp_path / "empty").write_text("\n")
+    (pem := tmp_path / "cert.pem").write_text("")
+    for options, word in (
+        ({"host": "0.0.0.0"}, "--api-keys"),
+        ({"host": "192.168.0.7"}, "--api-keys"),
+        ({"api_keys": short}, "16 characters"),
+        ({"api_keys": empty}, "no API key"),
+        ({"tls_cert": pem}, "go together"),
+        ({"tls_cert": pem, "tls_key": tmp_path / "none.pem"}, "none.pem"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            command.serve(**options)
 
 
 def test_the_address(serve, scripted, client):
