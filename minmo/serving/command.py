@@ -85,7 +85,8 @@ def serve(
             f"UNTRAINED: {model.config.name} has {model.provenance}; its replies mean nothing",
             style="yellow", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-    budget = None if measure else Budget(*[{1: 0.001}] * 4)  # as if steps cost nothing
+    nothing = {1: 0.001}
+    budget = None if measure else Budget(nothing, nothing, nothing, nothing)  # as if steps cost nothing
     scheduler = Scheduler(model, budget=budget, max_sessions=sessions)
     limits = Limits(session_s=session_seconds, idle_s=idle_seconds, sessions_per_key=sessions_per_key)
     guard = Guard(keys, origin or (), local=local)
