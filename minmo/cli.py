@@ -19,12 +19,15 @@ import minmo
 from minmo import console
 from minmo import doctor as doctor_report
 from minmo.clock import percentile
-from minmo.config import SAMPLE_RATE, load_config
+from minmo.config import load_config
 from minmo.console import err
 from minmo.conversation import verbs
 from minmo.conversation.client import simulate
 from minmo.conversation.conversation import Conversation
+from minmo.conversation.events import Event, Interrupted, ReplyDone, TextDelta
+from minmo.conversation.front import FRONTS
 from minmo.conversation.session import Piece
+from minmo.conversation.soundcard import converse
 from minmo.conversation.timings import RESAMPLER
 from minmo.conversation.turn_taking import EAGERNESS, TurnTaking
 from minmo.conversation.turn_taking import eagerness as turn_taking_of
@@ -37,6 +40,7 @@ from minmo.info import engine_rows, state_rows
 from minmo.info import rows as info_rows
 from minmo.model import MAX_POSITIONS, MOST_POSITIONS
 from minmo.serving.command import serve
+from minmo.serving.loadtest import loadtest
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
 from minmo.training.command import add_to as add_training
 from minmo.weights import pick_device
@@ -48,7 +52,10 @@ app = typer.Typer(
 add_training(app)
 app.command()(evaluate)
 app.command()(serve)
+app.command()(loadtest)
 out = Console()
+TOLD = ("SpeechStarted", "SpeechStopped", "TurnTaken", "ReplyDone", "Interrupted")
+"""Events of a conversation that are printed."""
 
 Sound = Annotated[str, typer.Argument(help="A sound file: 1 to 768 kHz, any number of channels.")]
 SoundOrText = Annotated[str, typer.Argument(help="A sound file, or words.")]
@@ -71,6 +78,12 @@ Duplex = Annotated[
     bool,
     typer.Option("--duplex", help="Hold a conversation with the file: OUT in stereo, and a log beside it (.jsonl)."),
 ]
+Mic = Annotated[
+    bool, typer.Option("--mic", help="Talk with this machine's microphone and loudspeaker; Ctrl-C ends it.")
+]
+BeforeIt = Annotated[
+    str, typer.Option("--front", help=f"With --duplex and --mic, what hears the microphone first: {', '.join(FRONTS)}.")
+]
 Fast = Annotated[bool, typer.Option("--fast", help="With --duplex: as fast as possible, not at the speed of speech.")]
 Eagerness = Annotated[str, typer.Option(help=f"With --duplex: how eager to speak, {', '.join(EAGERNESS)}.")]
 Instruction = Annotated[str | None, typer.Option(help="Put before the user's words (default: the task's own).")]
@@ -78,14 +91,16 @@ Instruction = Annotated[str | None, typer.Option(help="Put before the user's wor
 
 @app.command()
 def talk(
-    sound: Sound,
+    sound: Annotated[str | None, typer.Argument(help="A sound file: 1 to 768 kHz, any number of channels.")] = None,
     output: Output = None,
     preset: Preset = "nano",
     realtime: Realtime = False,
     repeat: Repeat = 1,
     duplex: Duplex = False,
+    mic: Mic = False,
     fast: Fast = False,
     eagerness: Eagerness = "auto",
+    front: BeforeIt = "none",
     instruction: Instruction = None,
     seed: Seed = 0,
     temperature: Temperature = 0.7,
@@ -101,16 +116,28 @@ def talk(
 ) -> None:
     """A spoken turn in, a spoken turn out, with text as it comes and a latency table.
 
-    With --duplex a conversation: the file is the user's side, who may interrupt, and turns are taken as they come.
+    With --duplex a conversation: the file is the user's side, who may interrupt, and turns are taken as they come. With
+    --mic one with you: wear headphones, or give --front echo.
     """
     settings = minmo.Settings(
         seed, temperature, top_k, top_p, voice_temperature, voice_top_k, voice_top_p, max_text_tokens, max_speech_ratio
     )
-    if duplex:
-        if realtime or repeat > 1 or instruction is not None:
-            raise ValueError("--duplex holds one conversation in real time: leave --realtime, --repeat, --instruction")
-        _converse(sound, output, preset, settings, turn_taking_of(eagerness), fast, device, dtype)
+    if front not in FRONTS:
+        raise ValueError(f"--front must be one of {', '.join(FRONTS)}, got {front!r}")
+    if (duplex or mic) and (realtime or repeat > 1 or instruction is not None):
+        raise ValueError("--duplex and --mic hold one conversation: leave --realtime, --repeat, --instruction")
+    if mic:
+        if sound is not None or output is not None or duplex or fast:
+            raise ValueError("--mic talks with you, and records nothing: leave the file, -o, --duplex, --fast")
+        _listen(preset, settings, turn_taking_of(eagerness), front, device, dtype)
         return
+    if sound is None:
+        raise ValueError("talk needs a sound file, or --mic")
+    if duplex:
+        _converse(sound, output, preset, settings, turn_taking_of(eagerness), fast, front, device, dtype)
+        return
+    if front != "none":
+        raise ValueError("--front is of --duplex and --mic")
     _run(sound, output, preset, settings, _given(instruction, CHAT), device, dtype, realtime, repeat, words=False)
 
 
@@ -395,6 +422,7 @@ def _converse(
     settings: minmo.Settings,
     turn_taking: TurnTaking,
     fast: bool,
+    front: str,
     device: str | None,
     dtype: str,
 ) -> None:
@@ -405,14 +433,11 @@ def _converse(
     log = _check_target(sound, output).with_suffix(".jsonl")
     model = _load(preset, device, dtype)
     conversation = Conversation(model, settings, turn_taking)
-    found = simulate(conversation, np.asarray(heard), realtime=not fast)
-    user = minmo.audio.resample(found.user, SAMPLE_RATE, found.rate)[: len(found.assistant)]
-    minmo.save_audio(
-        output, np.stack([np.pad(user, (0, len(found.assistant) - len(user))), found.assistant], 1), found.rate
-    )
+    found = simulate(conversation, np.asarray(heard), realtime=not fast, front=FRONTS[front]())
+    minmo.save_audio(output, found.stereo(), found.rate)
     log.write_text(found.json_lines(), encoding="utf-8")
     for entry in found.log:
-        if entry["event"] in ("SpeechStarted", "SpeechStopped", "TurnTaken", "ReplyDone", "Interrupted"):
+        if entry["event"] in TOLD:
             told = ", ".join(f"{k} {v!r}" for k, v in entry.items() if k not in ("event", "at_ms") and v is not None)
             out.print(f"{entry['at_ms'] / 1e3:7.2f} s  {entry['event']}: {told}", highlight=False, markup=False)
     p50, p95 = (percentile(found.tick_ms, p) for p in (50, 95))
@@ -420,6 +445,24 @@ def _converse(
         f"tick of 80 ms: p50 {p50:.1f} ms, p95 {p95:.1f} ms, longest {max(found.tick_ms):.1f} ms", highlight=False
     )
     out.print(f"written: {output}, {log}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _listen(
+    preset: str, settings: minmo.Settings, turn_taking: TurnTaking, front: str, device: str | None, dtype: str
+) -> None:
+    """A conversation with whoever sits at this machine."""
+    heard = FRONTS[front]()  # before the model is loaded: what it needs may be missing
+    conversation = Conversation(_load(preset, device, dtype), settings, turn_taking)
+
+    def show(events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, TextDelta):
+                print(event.text, end="", flush=True)
+            elif isinstance(event, (ReplyDone, Interrupted)):
+                print(" [interrupted]" if isinstance(event, Interrupted) else "", flush=True)
+
+    out.print("listening; Ctrl-C ends it", highlight=False)
+    converse(conversation, show, front=heard)
 
 
 def _check_target(turn: str, output: Path) -> Path:

@@ -98,23 +98,23 @@ def simulate(material: Material, conditions: Conditions, seed: int, index: int) 
         raise ValueError("the simulator needs at least one exchange, a user's utterance and the assistant's")
     name = f"simulated-{seed}-{index}"
     events, voices, replies = _timeline(material, conditions, name)
-    length = max(e.end for e in events) + _seconds(conditions.tail_seconds, name, "tail")
+    length = max(e.end for e in events) + seconds(conditions.tail_seconds, name, "tail")
     user, assistant = _placed(voices, length), _placed(replies, length)
-    voice = _power(np.concatenate([sound for _, sound in voices]))
+    voice = power(np.concatenate([sound for _, sound in voices]))
     for turn in range(conditions.turns):
         if draws(name, "burst", turn).random() < conditions.burst:
-            level = voice * 10 ** (_drawn(conditions.burst_db, name, "burst level", turn) / 10)
-            sound = _burst(material, name, turn)
+            level = voice * 10 ** (drawn(conditions.burst_db, name, "burst level", turn) / 10)
+            sound = burst(material, name, turn)
             event = _in_silence(events, len(sound), length, draws(name, "burst place", turn))
             if event:
-                user[event.start : event.end] += _scaled(sound, level)
+                user[event.start : event.end] += scaled(sound, level)
                 events.append(event)
-    snr_db = _drawn(conditions.snr_db, name, "snr")
+    snr_db = drawn(conditions.snr_db, name, "snr")
     if snr_db is not None:
-        user += _scaled(_noise(material, length, name), voice / 10 ** (snr_db / 10))
-    echo_db = _drawn(conditions.echo_db, name, "echo level")
+        user += scaled(noise(material, length, name), voice / 10 ** (snr_db / 10))
+    echo_db = drawn(conditions.echo_db, name, "echo level")
     if echo_db is not None:
-        user += _scaled(_echo(assistant, name), _power(assistant) * 10 ** (echo_db / 10))
+        user += scaled(_echo(assistant, name), power(assistant) * 10 ** (echo_db / 10))
     events.sort(key=lambda event: (event.start, -event.end))
     scale = max(1.0, float(np.abs(user).max()), float(np.abs(assistant).max()))  # of both, so that levels stay
     user, assistant = (user / scale).astype(np.float32), (assistant / scale).astype(np.float32)
@@ -126,12 +126,12 @@ def _timeline(material: Material, conditions: Conditions, name: str) -> tuple[li
     events: list[Event] = []
     voices: Placed = []
     replies: Placed = []
-    now, kind = _seconds(conditions.lead_seconds, name, "lead"), "user"
+    now, kind = seconds(conditions.lead_seconds, name, "lead"), "user"
     for turn in range(conditions.turns):
-        question, answer = map(trimmed, _drawn(material.exchanges, name, "exchange", turn))
+        question, answer = map(trimmed, drawn(material.exchanges, name, "exchange", turn))
         said, pauses = question, list[Event]()
         if draws(name, "pause", turn).random() < conditions.pause:
-            length = _seconds(conditions.pause_seconds, name, "pause length", turn)
+            length = seconds(conditions.pause_seconds, name, "pause length", turn)
             said, pauses = with_pause(question, length, draws(name, "pause place", turn))
         end = now + len(said.samples)
         events.append(Event(kind, now, end, said.text))
@@ -139,20 +139,20 @@ def _timeline(material: Material, conditions: Conditions, name: str) -> tuple[li
         cuts = [0, *(t for p in pauses for t in (p.start, p.end)), len(said.samples)]
         voices += [(now + a, said.samples[a:b]) for a, b in zip(cuts[::2], cuts[1::2], strict=True)]
 
-        start = end + _seconds(conditions.reply_seconds, name, "reply", turn)
+        start = end + seconds(conditions.reply_seconds, name, "reply", turn)
         barges = turn + 1 < conditions.turns and draws(name, "barge-in", turn).random() < conditions.barge_in
         if barges:
             now = start + round(len(answer.samples) * draws(name, "barge-in place", turn).uniform(0.2, 0.8))
-            answer = heard(answer, now - start + _seconds(conditions.stop_seconds, name, "stop", turn))
+            answer = heard(answer, now - start + seconds(conditions.stop_seconds, name, "stop", turn))
         stop = start + len(answer.samples)
         events.append(Event("assistant", start, stop, answer.text))
         replies.append((start, answer.samples))
 
         if material.backchannels and draws(name, "back-channel", turn).random() < conditions.backchannel:
-            murmur = trimmed(_drawn(material.backchannels, name, "back-channel text", turn))
-            room = (now if barges else stop) - start - len(murmur.samples) - BACKCHANNEL_MARGIN
-            if room > 0:
-                at = start + int(draws(name, "back-channel place", turn).integers(room))
+            murmur = trimmed(drawn(material.backchannels, name, "back-channel text", turn))
+            space = (now if barges else stop) - start - len(murmur.samples) - BACKCHANNEL_MARGIN
+            if space > 0:
+                at = start + int(draws(name, "back-channel place", turn).integers(space))
                 events.append(Event("backchannel", at, at + len(murmur.samples), murmur.text))
                 voices.append((at, murmur.samples))
         kind = "barge_in" if barges else "user"
@@ -161,22 +161,23 @@ def _timeline(material: Material, conditions: Conditions, name: str) -> tuple[li
     return events, voices, replies
 
 
-def _drawn(choices: Sequence[T], *name: str | int) -> T:
+def drawn(choices: Sequence[T], *name: str | int) -> T:
     return choices[int(draws(*name).integers(len(choices)))]
 
 
-def _seconds(bounds: tuple[float, float], *name: str | int) -> int:
+def seconds(bounds: tuple[float, float], *name: str | int) -> int:
     return round(SAMPLE_RATE * draws(*name).uniform(*bounds))
 
 
-def _power(sound: np.ndarray) -> float:
+def power(sound: np.ndarray) -> float:
     return float(np.mean(sound.astype(np.float64) ** 2))
 
 
-def _scaled(sound: np.ndarray, power: float) -> np.ndarray:
-    if not _power(sound) > 0:
+def scaled(sound: np.ndarray, to: float) -> np.ndarray:
+    """With a power of `to`."""
+    if not power(sound) > 0:
         raise ValueError("a noise of the material is silent over a whole dialogue; leave it out")
-    return sound * np.sqrt(power / _power(sound))
+    return sound * np.sqrt(to / power(sound))
 
 
 def _placed(voices: Placed, length: int) -> np.ndarray:
@@ -199,9 +200,9 @@ def _in_silence(events: list[Event], size: int, length: int, generator: np.rando
     return Event("noise", at, at + size)
 
 
-def _burst(material: Material, name: str, turn: int) -> np.ndarray:
+def burst(material: Material, name: str, turn: int) -> np.ndarray:
     if material.bursts:
-        sound = _drawn(material.bursts, name, "burst sound", turn)
+        sound = drawn(material.bursts, name, "burst sound", turn)
         start, end = voiced(sound)
         return sound[start:end]
     generator = draws(name, "burst sound", turn)
@@ -214,7 +215,7 @@ def _fast(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def _noise(material: Material, length: int, name: str) -> np.ndarray:
+def noise(material: Material, length: int, name: str) -> np.ndarray:
     """(length,): a recorded noise from a drawn place on, over and over, or pink noise."""
     generator = draws(name, "noise")
     if material.noises:
@@ -225,11 +226,16 @@ def _noise(material: Material, length: int, name: str) -> np.ndarray:
     return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)))[:length]
 
 
-def _echo(assistant: np.ndarray, name: str) -> np.ndarray:
-    """The assistant through a loudspeaker and a room: 10 to 60 ms late, with a tail of 50 ms."""
-    generator = draws(name, "echo")
+def room(*name: str | int) -> np.ndarray:
+    """From a loudspeaker to a microphone: an impulse response of 10 to 60 ms of way and a tail of 50 ms."""
+    generator = draws(*name, "echo")
     tail = generator.standard_normal(5 * FRAME) * np.exp(-6 * np.arange(5 * FRAME) / (5 * FRAME))
     tail[0] = 4.0
-    room = np.concatenate([np.zeros(int(generator.integers(FRAME, 6 * FRAME))), tail])
-    size = _fast(len(assistant) + len(room))
-    return np.fft.irfft(np.fft.rfft(assistant, size) * np.fft.rfft(room, size), size)[: len(assistant)]
+    return np.concatenate([np.zeros(int(generator.integers(FRAME, 6 * FRAME))), tail])
+
+
+def _echo(assistant: np.ndarray, name: str) -> np.ndarray:
+    """The assistant through a room."""
+    response = room(name)
+    size = _fast(len(assistant) + len(response))
+    return np.fft.irfft(np.fft.rfft(assistant, size) * np.fft.rfft(response, size), size)[: len(assistant)]

@@ -26,8 +26,8 @@ class Utterance:
     words: tuple[tuple[str, int, int], ...] = ()
 
 
-def voiced(samples: np.ndarray) -> tuple[int, int]:
-    """Where the voice of a sound (n,) begins and ends, to 10 ms: its first and past its last frame above VOICED_DB.
+def voiced(samples: np.ndarray, level: float = VOICED_DB) -> tuple[int, int]:
+    """Where the voice of a sound (n,) begins and ends, to 10 ms: its first and past its last frame above `level` dB.
 
     Raises ValueError for a sound of another shape, or without any finite sound in it.
     """
@@ -35,7 +35,7 @@ def voiced(samples: np.ndarray) -> tuple[int, int]:
         raise ValueError("an utterance must be finite samples (n,), and not silent; leave it out")
     frames = np.pad(samples.astype(np.float64), [0, -len(samples) % FRAME]).reshape(-1, FRAME)
     energy = np.mean(frames**2, axis=1)
-    loud = np.flatnonzero(energy >= energy.max() * 10 ** (VOICED_DB / 10))
+    loud = np.flatnonzero(energy >= energy.max() * 10 ** (level / 10))
     return int(loud[0]) * FRAME, min((int(loud[-1]) + 1) * FRAME, len(samples))
 
 

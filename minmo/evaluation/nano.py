@@ -6,12 +6,9 @@ on the original voice's recordings of the same sentences (the floor).
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import minmo
 from minmo.conversation.verbs import Sound
@@ -21,11 +18,10 @@ from minmo.data.schema import DataError
 from minmo.evaluation.judges import GRAMMAR, Judge, Moonshine, PocketSphinx, needed
 from minmo.evaluation.listener import Listener, sound_of
 from minmo.evaluation.material import Line, Material
-from minmo.evaluation.results import Results, Row
+from minmo.evaluation.results import Results, Row, made_with
 from minmo.evaluation.scores import Score, confusion, right_rate, word_error_rate
 from minmo.evaluation.turns import take_turns
 from minmo.evaluation.words import spoken
-from minmo.model import MinMo
 
 PARTS = {"test-seen": "seen voices", "test-unseen": "unseen voices"}
 FLOOR = "original recording (floor)"
@@ -74,7 +70,7 @@ def evaluate_nano(
     material = Material(Path(data), limit, seed)
     model = minmo.load(checkpoint)
     # One list: what the tasks look for in vain is in the results as soon as it is noted.
-    results = Results(_about(model, material, judges), left_out=material.left_out)
+    results = Results(made_with(model, material, [j.name for j in judges]), left_out=material.left_out)
     run = Run(material, Listener(model, seed), judges, results, seed)
     unfinished = None if out is None else Path(f"{out}.part")
     for name in tasks or TASKS:
@@ -243,22 +239,3 @@ def _recording(line: Line) -> Sound:
     if line.spoken is None:
         raise DataError(f"{line.id} has no target_recording, the floor of what is said: add it", "missing recording")
     return line.spoken()
-
-
-def _about(model: MinMo, material: Material, judges: list[Judge]) -> dict[str, Any]:
-    """What the scores were made with."""
-    corpus = material.data / "corpus.json"
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return {
-        "model": model.config.name,
-        "weights": model.provenance,
-        "sha256_of_tensors": digest.hexdigest(),
-        "trained": model.trained,
-        "minmo": minmo.__version__,
-        "judges": [judge.name for judge in judges],
-        "corpus_seed": json.loads(corpus.read_text(encoding="utf-8"))["seed"] if corpus.is_file() else None,
-        "limit": material.limit,
-        "seed": material.seed,
-    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+import minmo
+from minmo.evaluation.material import Material
 from minmo.evaluation.scores import Score
+from minmo.model import MinMo
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,22 @@ def tables(results: Results) -> list[Table]:
             table.add_row(true, *map(str, answered.values()))
         found.append(table)
     return found
+
+
+def made_with(model: MinMo, material: Material, judges: list[str]) -> dict[str, Any]:
+    """What the scores were made with."""
+    corpus = material.data / "corpus.json"
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return {
+        "model": model.config.name,
+        "weights": model.provenance,
+        "sha256_of_tensors": digest.hexdigest(),
+        "trained": model.trained,
+        "minmo": minmo.__version__,
+        "judges": judges,
+        "corpus_seed": json.loads(corpus.read_text(encoding="utf-8"))["seed"] if corpus.is_file() else None,
+        "limit": material.limit,
+        "seed": material.seed,
+    }

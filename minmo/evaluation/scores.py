@@ -59,6 +59,26 @@ def ratio(
     return Score(value, low, high, n, int(total[1]))
 
 
+def quantile(values: Sequence[float], q: float, utterances: Sequence[Hashable] | None = None, seed: int = 0) -> Score:
+    """The q-quantile (0 .. 1) of values, with a percentile bootstrap over utterances, as `ratio`.
+
+    Of a single utterance the interval is the value alone: resampling knows nothing of its doubt.
+    """
+    owners = list(range(len(values)) if utterances is None else utterances)
+    if len(owners) != len(values):
+        raise ValueError("values and utterances must have an entry each")
+    if not values:
+        return Score(None, None, None, 0, 0)
+    groups: dict[Hashable, list[float]] = {}
+    for owner, value in zip(owners, values, strict=True):
+        groups.setdefault(owner, []).append(value)
+    arrays = [np.asarray(group) for group in groups.values()]
+    chosen = np.random.default_rng(seed).integers(len(arrays), size=(RESAMPLES, len(arrays)))
+    resampled = [np.quantile(np.concatenate([arrays[i] for i in row]), q) for row in chosen]
+    low, high = (float(x) for x in np.percentile(resampled, [2.5, 97.5]))
+    return Score(float(np.quantile(values, q)), low, high, len(arrays), len(values))
+
+
 def word_errors(reference: Sequence[str], heard: Sequence[str]) -> int:
     """Substitutions, deletions and insertions that part two lists of words (jiwer)."""
     if not reference:

@@ -143,7 +143,8 @@ def test_other_misuse_is_exit_code_2(minmo, tmp_path):
     assert "empty" in minmo("say", "  ", "-o", tmp_path / "x.wav", expect=2).err
     assert "shapes only" in minmo("talk", QUESTION, "--device", "meta", expect=2).err
     assert "device" in minmo("talk", QUESTION, "--device", "xpu", expect=2).err
-    assert "Missing argument" in minmo("talk", expect=2).err
+    assert "Missing argument" in minmo("transcribe", expect=2).err
+    assert "needs a sound file" in minmo("talk", expect=2).err
     assert "seed" in minmo("ask", "a", "--seed", "x", expect=2).err
     assert "cannot be written" in minmo("talk", QUESTION, "-o", "/proc/x.wav", expect=2).err
     (tmp_path / "same.wav").write_bytes(QUESTION.read_bytes())

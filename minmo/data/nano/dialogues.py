@@ -71,13 +71,10 @@ def build_dialogues(out: Path, scale: float = 1.0, seed: int = 0) -> dict[str, t
     folder = out / "sound" / "duplex"
     folder.mkdir(parents=True, exist_ok=True)
     written: dict[str, tuple[int, float]] = {}
-    for place, (part, (sources, murmurs)) in enumerate(SOURCES.items()):
-        manifests = [out / f"{name}.jsonl.gz" for name in sources]
-        exchanges = [cut for path in manifests if path.is_file() for cut in read_manifest(path)]
-        if not exchanges:
+    for place, part in enumerate(SOURCES):
+        material = material_of(out, part, seed)
+        if material is None:
             continue
-        backchannels = [utterance(cut) for cut in read_manifest(out / f"{murmurs}.jsonl.gz")]
-        material = Material(_Exchanges(exchanges), backchannels, bursts=[_burst(seed, part, n) for n in range(BURSTS)])
         cuts = []
         for index in range(max(1, round(DIALOGUES[part] * scale))):
             conditions = Conditions(turns=TURNS[index % len(TURNS)])
@@ -90,6 +87,18 @@ def build_dialogues(out: Path, scale: float = 1.0, seed: int = 0) -> dict[str, t
         CutSet.from_cuts(cuts).to_file(out / f"{part}-duplex.jsonl.gz")
         written[f"{part}-duplex"] = (len(cuts), sum(cut.duration for cut in cuts))
     return written
+
+
+def material_of(out: Path, part: str, seed: int = 0) -> Material | None:
+    """What the dialogues of a part ("train", "valid", "test") of a built corpus are made from; None where it has no
+    exchange for it."""
+    sources, murmurs = SOURCES[part]
+    manifests = [out / f"{name}.jsonl.gz" for name in sources]
+    exchanges = [cut for path in manifests if path.is_file() for cut in read_manifest(path)]
+    if not exchanges:
+        return None
+    backchannels = [utterance(cut) for cut in read_manifest(out / f"{murmurs}.jsonl.gz")]
+    return Material(_Exchanges(exchanges), backchannels, bursts=[_burst(seed, part, n) for n in range(BURSTS)])
 
 
 class _Exchanges(Sequence[tuple[Utterance, Utterance]]):
