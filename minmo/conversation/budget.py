@@ -81,10 +81,10 @@ class Budget:
             return costs[below]
         return costs[below] + (costs[above] - costs[below]) * (size - below) / (above - below)
 
-    def most(self, step: str, within_ms: float) -> int:
-        """The largest batch whose step takes no longer than that; one at least."""
+    def most(self, step: str, within_ms: float, wanted: int) -> int:
+        """The largest batch, of so many that want it, whose step takes no longer than that; one at least."""
         size = 1
-        while size < 4096 and self.cost(step, size + 1) <= within_ms:
+        while size < wanted and self.cost(step, size + 1) <= within_ms:
             size += 1
         return size
 

@@ -147,6 +147,11 @@ class Conversation:
         return self._floor.phase
 
     @property
+    def fault(self) -> str:
+        """Why the conversation has ended, where it has."""
+        return self._fault
+
+    @property
     def voiced(self) -> bool:
         """Whether a voice was noticed in the open turn, or some of it was typed."""
         return self._voiced
@@ -304,6 +309,7 @@ class Conversation:
     def close(self) -> None:
         """Ends the conversation; its rows are free."""
         self._seats.leave()
+        self._fault = self._fault or "it was closed"
 
     # The clock.
 

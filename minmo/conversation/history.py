@@ -17,7 +17,7 @@ from minmo.conversation.settings import Settings
 from minmo.conversation.steps import check, readable
 from minmo.data.duplex import listening_context
 from minmo.model import MinMo
-from minmo.tokenizer.text import TextTokenizer
+from minmo.tokenizer.text import CHAT, TextTokenizer
 
 MS_PER_TOKEN = 300.0
 """Sound of a text token, until a voice's own mean is known: 150 words a minute, four tokens for three words."""
@@ -94,7 +94,9 @@ class History:
 
     def forget(self, tokenizer: TextTokenizer, room: int) -> None:
         """Drops the oldest exchanges until what precedes the open turn takes at most `room` positions."""
-        while self.exchanges and len(self.layout(tokenizer)[0]) > room:
+        size, around = len(self.layout(tokenizer)[0]), sum(map(len, tokenizer.turn(CHAT, first=False)))
+        while self.exchanges and size > room:
+            size -= around + len(self.exchanges[0].user) + len(self.exchanges[0].reply)
             del self.exchanges[0]
 
     def spoken(self, tokens: int, ms: float) -> None:

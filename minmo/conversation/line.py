@@ -25,6 +25,8 @@ MOST_WAITING_S = 60.0
 """Sound of one line that may wait to be heard."""
 BURST_S = 1.0
 """Sound that may come at once and still counts as real time: what a network holds back and then lets go."""
+PACE_S = 0.999 * TICK_S
+"""Real time of a tick: a client's clock may run a little faster than this machine's, and for hours."""
 READ_S = 0.5
 """From when context is to be read, or text without sound written, until it should have been."""
 
@@ -54,7 +56,7 @@ class Call:
         if self.future.set_running_or_notify_cancel():
             try:
                 self.future.set_result(self.run())
-            except Exception as error:
+            except BaseException as error:  # whatever it raises: the thread that serves all others goes on
                 self.future.set_exception(error)
 
     def refuse(self, why: str) -> None:
@@ -91,7 +93,7 @@ class Line:
         self._since = 0.0
         """When `_step` became due."""
         self._heard = 0.0
-        """When the newest tick that was heard was due."""
+        """When the newest tick was due, or was heard where that was before."""
         self._asked = 0.0
         """From when the first sound of the reply is waited for; 0 once it was told."""
 
@@ -123,13 +125,12 @@ class Line:
     def do(self, action: Action, *, after_sound: bool = False) -> Future[list[Event]]:
         """Runs an action in the engine's thread, before the next batch, or once the conversation's history has been
         read. Its events are told, and are the future's result; an error goes to the future, and the conversation goes
-        on.
+        on. It must not wait for anything. Actions run in the order in which they were asked for, but before those that
+        wait for sound.
 
         after_sound: not before all sound that was given has been heard; of that an incomplete last tick is filled up
         with silence.
         """
-        if not after_sound and self._conversation.opened:
-            return self._ask(lambda: self._scheduler._act(self, action))
         call = Call(lambda: self._scheduler._act(self, action))
         with self._wake:
             if self._ended:
@@ -139,7 +140,8 @@ class Line:
                 rest = np.concatenate(self._pieces)
                 self._pieces, self._count = [], 0
                 self._put(np.pad(rest, (0, TICK - len(rest))))
-            self._inbox.append(call)
+            ticks = (n for n, item in enumerate(self._inbox) if isinstance(item, Tick))
+            self._inbox.insert(len(self._inbox) if after_sound else next(ticks, len(self._inbox)), call)
             self._wake.notify()
         return call.future
 
@@ -149,11 +151,14 @@ class Line:
         return self._ask(lambda: self._scheduler._transcribe_line(self, wanted))
 
     def clear(self) -> Future[list[Event]]:
-        """Forgets the open turn, with all sound of it that still waits to be heard."""
+        """Forgets the open turn, with all sound of it that still waits to be heard; what was asked for before, and the
+        sound that it waits for, comes first."""
         with self._wake:
-            self._inbox = deque(item for item in self._inbox if isinstance(item, Call))
-            self._pieces, self._count, self._paced = [], 0, 0.0
-            return self.do(Conversation.clear)
+            while self._inbox and isinstance(self._inbox[-1], Tick):
+                self._inbox.pop()
+                self._paced -= PACE_S
+            self._pieces, self._count = [], 0
+            return self.do(Conversation.clear, after_sound=True)
 
     def close(self) -> None:
         """Ends the conversation. No event comes after; its rows are free for whatever is opened next."""
@@ -179,7 +184,7 @@ class Line:
         now = time.perf_counter()
         for tick in samples.reshape(-1, TICK):
             self._inbox.append(Tick(tick, max(now, self._paced - BURST_S)))
-            self._paced = max(now, self._paced) + TICK_S
+            self._paced = max(now, self._paced) + PACE_S
         self._wake.notify()
 
     def _check_open(self) -> None:

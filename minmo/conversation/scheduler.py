@@ -3,8 +3,8 @@
 Ticks that are due share a batch and come before everything; after each such batch comes one bounded step of other work,
 so that no tick waits for more than one step and no reply waits for ever. Of the other work goes first what has the
 nearest deadline: a block of text or sound when the reply's sound will have run out, context to be read again half a
-second after it became due. A step takes in others of its kind while it stays within its bound. Sound that comes faster
-than real time is heard when nothing is due, and transcripts are written when nothing waits at all.
+second after it became due. A step takes in others of its kind while it stays within its bound. Transcripts are written
+when nothing is due, and sound that comes faster than real time is heard when nothing else waits.
 
 Late input is processed, none is dropped, and what a conversation tells comes in its order, whoever else is served.
 """
@@ -43,7 +43,8 @@ class Scheduler:
 
     model: a FastMinMo, of which a conversation takes two rows, and all transcripts together one. budget: what its steps
     cost; measured now where none is given, which takes seconds. max_sessions: conversations at once, where that is
-    fewer. Raises ValueError for a model that serves no batches, and for another use of it that goes on.
+    fewer. Raises ValueError for a model that serves no batches; measuring raises RuntimeError while another thread has
+    sessions in it.
     """
 
     def __init__(self, model: FastMinMo, *, budget: Budget | None = None, max_sessions: int | None = None) -> None:
@@ -147,7 +148,7 @@ class Scheduler:
                 for call in calls:
                     call()
                 self._round()
-        except Exception as error:
+        except BaseException as error:
             LOG.exception("the engine's thread failed")
             with self._wake:
                 self._closed = f"the engine's thread failed ({type(error).__name__}: {error}): make another scheduler"
@@ -220,13 +221,15 @@ class Scheduler:
         line._transcribe = wanted
 
     def _round(self) -> None:
-        """One batch of ticks that are due, and one step of other work; where there is neither, ticks ahead of time, and
-        where there is none of those, a piece of a transcript."""
+        """One batch of ticks that are due, and one step of other work; where there is neither, a piece of a transcript,
+        and where there is none of those, ticks ahead of time."""
         now = time.perf_counter()
         due, ahead = list[Line](), list[Line]()
         for line in list(self._lines):
             while (call := self._asked_now(line)) is not None:
                 call()
+                if time.perf_counter() - now > BOUND_MS / 1e3:
+                    break  # the rest after the next batch: who asks for much keeps nobody waiting
             if line._conversation.opened and (tick := self._next_tick(line)) is not None:
                 (due if tick.due <= now else ahead).append(line)
         if due:
@@ -236,8 +239,6 @@ class Scheduler:
             self._shared(kind, lines, lambda: batch.STEPS[kind]([line._conversation for line in lines]))
         elif due:
             return
-        elif ahead:
-            self._hear(ahead)
         elif self._transcriber:
             began = time.perf_counter()
             try:
@@ -246,6 +247,8 @@ class Scheduler:
                 LOG.exception("a transcript failed")
                 self._transcriber.give_up(f"its transcript failed ({type(error).__name__}: {error})")
             self._meter.step("transcribe", time.perf_counter() - began)
+        elif ahead:
+            self._hear(ahead)
 
     def _asked_now(self, line: Line) -> Call | None:
         """What was to be done once the sound before it had been heard, as it has."""
@@ -261,12 +264,12 @@ class Scheduler:
             return item if line._inbox and not line._ended and isinstance(item := line._inbox[0], Tick) else None
 
     def _hear(self, lines: Sequence[Line]) -> None:
-        hearing: list[tuple[Line, Tick]] = []
+        hearing, now = list[tuple[Line, Tick]](), time.perf_counter()
         with self._wake:
             for line in lines:
                 if (tick := self._next_tick(line)) is not None:  # it may have been cleared meanwhile
                     line._inbox.popleft()
-                    line._heard = tick.due
+                    line._heard = min(tick.due, now)
                     hearing.append((line, tick))
         if not hearing:
             return
@@ -287,7 +290,7 @@ class Scheduler:
         kind = waiting[0]._step
         assert kind is not None
         same = [line for line in waiting if line._step == kind]
-        return kind, same[: self.budget.most(kind, BOUND_MS)]
+        return kind, same[: self.budget.most(kind, BOUND_MS, len(same))]
 
     def _shared(self, kind: str, lines: Sequence[Line], step: Callable[[], list[batch.Outcome]]) -> None:
         """Does a step of several lines and tells each its events. An error of one conversation's ends that; where the
@@ -309,8 +312,12 @@ class Scheduler:
         if line._ended:
             raise RuntimeError(line._ended)
         asked = time.perf_counter()
-        events = action(line._conversation)
-        self._tell(line, events, asked)
+        try:
+            events = action(line._conversation)
+            self._tell(line, events, asked)
+        finally:
+            if why := line._conversation.fault:  # of which nothing was told: it must not share another step
+                self._tell(line, [Fault(line._conversation.now_ms, why)])
         return events
 
     def _tell(self, line: Line, events: list[Event], asked: float | None = None) -> None:
@@ -321,7 +328,7 @@ class Scheduler:
                 return
             try:
                 line._on_events(events)
-            except Exception:
+            except BaseException:
                 LOG.exception("a conversation's on_events failed, and the conversation ends")
                 faults.append("what takes its events failed")
             if faults:
@@ -348,8 +355,9 @@ class Scheduler:
                         self._meter.add(f"stop_{name}", ms + late)
 
     def _transcribe(self, line: Line, reply: int) -> None:
-        exchange = line._conversation.history.exchanges[-1]
-        if self._transcriber is not None and not exchange.typed:
+        exchanges = line._conversation.history.exchanges
+        exchange = next((e for e in exchanges if e.number == reply), None)
+        if self._transcriber is not None and exchange is not None and not exchange.typed:
 
             def done(text: str, fault: str) -> None:
                 self._tell(line, [UserText(line._conversation.now_ms, reply, text, fault)])

@@ -21,6 +21,8 @@ from minmo.tokenizer.text import TRANSCRIBE
 
 LONGEST = 400
 """Text tokens of a transcript."""
+MOST_WAITING = 8
+"""Turns of one owner that may wait, each of which is kept until then."""
 
 
 @dataclass(eq=False)
@@ -52,6 +54,9 @@ class Transcriber:
     @torch.inference_mode()
     def add(self, owner: object, turn: Tensor, done: Callable[[str, str], None]) -> None:
         """A turn's positions (n, dim); `done` gets its text, or the empty text and why there is none."""
+        if sum(job.owner is owner for job in self._jobs) >= MOST_WAITING:
+            done("", f"{MOST_WAITING} turns before it still wait for their transcripts")
+            return
         embed = self.model.llm.embed
         x = torch.cat([embed(self._prefix), turn.to(self.model.dtype), embed(self._suffix)])
         room = min(LONGEST, self.model.max_positions - len(x))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +22,13 @@ from hypothesis import strategies as st
 import minmo
 from minmo import weights
 from minmo.config import TICK
-from minmo.conversation import steps, transcripts
+from minmo.conversation import batch, steps, transcripts
+from minmo.conversation import line as lines
 from minmo.conversation.budget import Budget
 from minmo.conversation.conversation import Conversation
 from minmo.conversation.events import Decision, Fault, ReplyDone, Sound, TextDelta, TurnTaken, UserText
+from minmo.conversation.history import Exchange, History
+from minmo.conversation.line import Tick
 from minmo.conversation.scheduler import Line, Refused, Scheduler
 from minmo.conversation.turn_taking import BY_REQUEST, TurnTaking
 
@@ -186,6 +190,37 @@ def test_each_goes_as_if_alone(engine, plans, cut, seed):
             assert_same(client.events, alone(engine, decisions, plan, samples, s))
 
 
+def test_what_shares_every_batch_changes_nothing(engine, decisions):
+    """Each tick and each step of three at once, where the ones speak while others listen and read."""
+    plans = [
+        [NEITHER, TAKE, *[NEITHER] * 5, STOP, NEITHER],
+        [TAKE, *[NEITHER] * 8],
+        [*[NEITHER] * 4, TAKE, STOP, *[NEITHER] * 3],
+    ]
+    sounds, drawn = [sound(9, n) for n in range(3)], [DRAWN, GREEDY, DRAWN]
+    together, events, shared = [Conversation(engine, s, AT_ONCE) for s in drawn], [[], [], []], set()
+
+    def do(kind, step, members):
+        shared.add((kind, len(members)))
+        for n, told in zip(members, step([together[n] for n in members]), strict=True):
+            events[n] += told
+
+    for conversation, plan in zip(together, plans, strict=True):
+        decisions.plan(conversation, plan)
+    for tick in [*range(9), None]:
+        while due := [(c.next_step, n) for n, c in enumerate(together) if c.next_step]:
+            kind = min(due)[0]
+            do(kind, batch.STEPS[kind], [n for k, n in due if k == kind])
+        if tick is not None:
+            pieces = [s[tick * TICK :][:TICK] for s in sounds]
+            do("tick", lambda members, pieces=pieces: batch.tick(members, pieces), [0, 1, 2])
+    for conversation in together:
+        conversation.close()
+    assert {("tick", 3), ("read", 3), ("write", 2), ("speak", 2)} <= shared
+    for own, plan, samples, s in zip(events, plans, sounds, drawn, strict=True):
+        assert_same(own, alone(engine, decisions, plan, samples, s))
+
+
 def test_order_holds_under_backlog(engine, scheduler, decisions):
     """One gives all its sound at once, another in pieces of 1 ms, while both are answered."""
     plan = [NEITHER] * 3 + [TAKE]
@@ -288,7 +323,8 @@ def test_a_session_beyond_the_budget_is_refused_with_the_figures(engine):
 def test_what_a_budget_says_of_batches():
     budget = Budget(tick={1: 10.0, 2: 12.0, 4: 20.0}, read={1: 8.0}, write={1: 20.0}, speak={1: 60.0, 4: 90.0})
     assert [budget.cost("tick", n) for n in (1, 2, 3, 4, 8)] == [10, 12, 16, 20, 40]
-    assert budget.most("tick", 16) == 3 and budget.most("speak", 40) == 1 and budget.most("speak", 70) == 2
+    assert budget.most("tick", 16, 9) == 3 and budget.most("speak", 40, 9) == 1 and budget.most("speak", 70, 9) == 2
+    assert budget.most("tick", 16, 2) == 2
     needed = budget.needed(4, transcribed=2)
     assert needed["ticks"] == 20 and needed["context"] == 4 * 0.5 * 8 / 64
     assert needed["speech"] == pytest.approx(4 * 0.5 * 80 / 600 * 60) and needed["transcripts"] > 0
@@ -334,13 +370,119 @@ def test_sound_that_comes_faster_than_real_time_is_due_in_real_time():
     line = Line(scheduler, None, print, False)
     line.hear(sound(30)[:-1])
     dues = [tick.due - line._inbox[0].due for tick in line._inbox]
-    assert dues == pytest.approx([max(0.0, 0.08 * n - 1.0) for n in range(29)])
+    assert dues == pytest.approx([max(0.0, 0.08 * n - 1.0) for n in range(29)], abs=0.01)
     line._paced = 0.0  # long ago
     line.hear(sound(1)[:1])
     assert line._inbox[-1].due > line._inbox[0].due and len(line._inbox) == 30
     np.testing.assert_array_equal(
         np.concatenate([tick.samples for tick in line._inbox]), np.append(sound(30)[:-1], sound(1)[:1])
     )
+
+
+def test_a_client_whose_clock_is_fast_stays_in_real_time(monkeypatch):
+    """By 90 ms in 100 s, for half an hour: its sound is due when it comes."""
+    clock = SimpleNamespace(now=1.0)
+    monkeypatch.setattr(lines, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    scheduler = object.__new__(Scheduler)
+    scheduler._wake = threading.Condition()
+    line, tick = Line(scheduler, None, print, False), sound(1)
+    for _ in range(20_000):
+        line.hear(tick)
+        assert line._inbox.popleft().due == clock.now
+        clock.now += 0.08 / 1.0009
+
+
+def test_requests_keep_their_order_and_clearing_what_was_asked_for():
+    scheduler = object.__new__(Scheduler)
+    scheduler._wake, scheduler._calls, ran = threading.Condition(threading.RLock()), [], []
+    scheduler._act = lambda line, action: ran.append(action)
+    conversation = SimpleNamespace(opened=False)
+    line = Line(scheduler, conversation, print, False)
+    line.hear(sound(1))
+    line.do("first")
+    conversation.opened = True  # meanwhile, and nobody has looked yet
+    line.do("second")
+    for call in scheduler._calls:
+        call()
+    while (call := scheduler._asked_now(line)) is not None:
+        call()
+    assert ran == ["first", "second"] and len(line._inbox) == 1
+    line._paced = paced = time.perf_counter() + 1e3
+    line.do("take", after_sound=True)
+    line.hear(sound(2)[1:])
+    line.clear()
+    assert [isinstance(item, Tick) for item in line._inbox] == [True, False, False], (
+        "what was asked for hears its sound"
+    )
+    assert line._paced == pytest.approx(paced, abs=0.01), "and clearing wins no time: sound still comes in real time"
+
+
+def test_who_asks_without_end_keeps_nobody_waiting(scheduler):
+    asking, talking = Client(scheduler, TEXT), Client(scheduler, TEXT)
+    enough = threading.Event()
+
+    def again(_=None):
+        if not enough.is_set():
+            asking.line.do(lambda c: time.sleep(0.01) or [], after_sound=True).add_done_callback(again)
+
+    again()
+    talking.line.hear(sound(2))
+    talking.line.do(lambda c: enough.set() or [], after_sound=True).result(WAIT_S)
+    assert len(talking.of(Decision)) == 2
+
+
+def test_what_an_action_breaks_is_its_own(scheduler, decisions):
+    """One that leaves the thread changes nothing; one that closes its conversation, or keeps its fault for itself, ends
+    its line before that shares another step."""
+    clients = [Client(scheduler, TEXT) for _ in range(3)]
+    good, closing, silent = clients
+    with pytest.raises(SystemExit):
+        good.line.do(lambda c: sys.exit("enough")).result(WAIT_S)
+    with pytest.raises(TypeError):
+        closing.line.do(Conversation.close).result(WAIT_S)
+    decisions.plan(silent.conversation, [NAN])
+    with pytest.raises(ZeroDivisionError):
+        silent.line.do(lambda c: c.tick(sound(1)) and 1 / 0).result(WAIT_S)
+    assert [len(c.of(Fault)) for c in clients] == [0, 1, 1] and scheduler.statistics().sessions == 1
+    good.line.hear(sound(2))
+    good.settle()
+    assert len(good.of(Decision)) == 2
+
+
+def test_transcripts_do_not_wait_for_sound_ahead_of_time(engine, scheduler, decisions, monkeypatch):
+    monkeypatch.setattr(transcripts, "LONGEST", 6)
+    fast, slow = Client(scheduler, TEXT), Client(scheduler, TEXT, transcribe=True)
+    decisions.plan(slow.conversation, [NEITHER, TAKE])
+    fast.line._paced = time.perf_counter() + 1e6
+    fast.line.hear(sound(200))
+    slow.line.hear(sound(2, 1))
+    told = threading.Event()
+    kept, slow.line._on_events = slow.receive, lambda e: (kept(e), slow.of(UserText) and told.set())
+    assert told.wait(WAIT_S) and len(fast.of(Decision)) < 200
+    assert fast.line._heard <= time.perf_counter(), "what is measured from there is never negative"
+
+
+def test_few_turns_of_one_owner_wait_for_transcripts(engine):
+    transcriber, told = transcripts.Transcriber(engine), []
+    for owner in (1, 2):
+        for _ in range(transcripts.MOST_WAITING + owner):
+            transcriber.add(owner, torch.zeros(2, engine.config.llm.dim), lambda text, why: told.append(why))
+    assert len(transcriber) == 2 * transcripts.MOST_WAITING and len(told) == 3 and "wait" in told[0]
+    transcriber.close()
+
+
+def test_forgetting_is_of_the_oldest_alone(engine):
+    """As few as need be, by the layout itself."""
+    kept = [Exchange(torch.zeros(n, 4), [7] * (n // 2)) for n in (3, 9, 1, 20, 5)]
+    history, sizes = History(), []
+    for left in range(6):
+        history.exchanges = kept[5 - left :]
+        sizes.append(len(history.layout(engine.tokenizer)[0]))
+    for room in range(sizes[-1] + 2):
+        history.exchanges = list(kept)
+        history.forget(engine.tokenizer, room)
+        left = max((n for n, size in enumerate(sizes) if size <= room), default=0)
+        assert history.exchanges == kept[5 - left :]
 
 
 def test_closing_while_replies_run(engine, scheduler, decisions):
