@@ -4,7 +4,8 @@ Ticks that are due share a batch and come before everything; after each such bat
 so that no tick waits for more than one step and no reply waits for ever. Of the other work goes first what has the
 nearest deadline: a block of text or sound when the reply's sound will have run out, context to be read again half a
 second after it became due. A step takes in others of its kind while it stays within its bound. Transcripts are written
-when nothing is due, and sound that comes faster than real time is heard when nothing else waits.
+when nothing is due, and sound that comes faster than real time is heard when nothing else waits. What is asked of a
+conversation is done between batches, and takes as long as it takes.
 
 Late input is processed, none is dropped, and what a conversation tells comes in its order, whoever else is served.
 """
