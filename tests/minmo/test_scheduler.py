@@ -194,7 +194,7 @@ def test_what_shares_every_batch_changes_nothing(engine, decisions):
     """Each tick and each step of three at once, where the ones speak while others listen and read."""
     plans = [
         [NEITHER, TAKE, *[NEITHER] * 5, STOP, NEITHER],
-        [TAKE, *[NEITHER] * 8],
+        [NEITHER, TAKE, *[NEITHER] * 7],
         [*[NEITHER] * 4, TAKE, STOP, *[NEITHER] * 3],
     ]
     sounds, drawn = [sound(9, n) for n in range(3)], [DRAWN, GREEDY, DRAWN]
