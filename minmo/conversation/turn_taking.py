@@ -36,9 +36,9 @@ class TurnTaking:
     """
 
     answer: float | None = 0.5
-    answer_ticks: int = 1
+    answer_ticks: int = 2
     stop: float | None = 0.5
-    stop_ticks: int = 2
+    stop_ticks: int = 3
     hysteresis: float = 0.1
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ EAGERNESS = {
     "auto": TurnTaking(),
 }
 """How eager the assistant is to speak: `low` waits long for the user and gives way soon, `high` does the opposite.
-`auto` is the predictor's own decision, as it was trained: what is likelier than not."""
+`auto` is what is likelier than not, for as many ticks as gave the best F1@5 on nano's validation dialogues."""
 
 
 BY_REQUEST = TurnTaking(answer=None, stop=None)

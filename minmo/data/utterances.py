@@ -52,7 +52,7 @@ def with_pause(utterance: Utterance, length: int, generator: np.random.Generator
     Returns the utterance and its pauses: one, or none where there is a single word or too little sound (0.3 s).
     """
     samples, words, before = utterance.samples, utterance.words, ""
-    if len(samples) < 30 * FRAME or len(words) == 1:
+    if len(samples) < 30 * FRAME or len(words or utterance.text.split()) == 1:
         return utterance, []
     if words:
         n = int(generator.integers(1, len(words)))

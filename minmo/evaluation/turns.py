@@ -1,7 +1,8 @@
 """When the full-duplex predictor answers and stops, on simulated dialogues, position by position of 80 ms.
 
 The predictor reads what a session has read at each position: the layout and the objective that it learned with
-(`minmo/training/objectives/duplex.py`). So this scores decisions, and leaves out what a session does after a wrong one.
+(`minmo/training/objectives/duplex.py`). A decision is what a session makes of its probabilities (`TurnTaking`). So this
+scores decisions, and leaves out what a session does after a wrong one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minmo.conversation.turn_taking import Floor, TurnTaking
 from minmo.data.dialogues import duplex_samples
 from minmo.data.duplex import Sample, f1_at_k, position
 from minmo.data.manifest import describe_skipped, read_manifest
@@ -23,7 +25,7 @@ from minmo.evaluation.scores import Score, f1, right_rate
 from minmo.model import MinMo
 from minmo.modules.duplex import BARGE_IN, TURN_TAKING
 from minmo.training.batches import Builder
-from minmo.training.objectives.duplex import THRESHOLD, DuplexObjective
+from minmo.training.objectives.duplex import DuplexObjective
 
 SCORED = (1, 5, 10)
 """The K of F1@K, as the paper's Table 22 has them."""
@@ -67,16 +69,35 @@ def take_turns(model: MinMo, material: Material, name: str = "test-duplex") -> T
     for cut in list(read_manifest(path, on_error="skip", skipped=skipped))[: material.limit]:
         with torch.inference_mode():
             logits = objective.logits(builder.duplex([cut])).float()
-        _count(turns, cut, duplex_samples(cut), torch.softmax(logits, dim=-1)[..., 1] > THRESHOLD)
+        _count(turns, cut, duplex_samples(cut), torch.softmax(logits, dim=-1)[..., 1])
     if skipped:
         material.left_out.append(f"{name}: {describe_skipped(skipped)}")
     return turns
 
 
-def _count(turns: Turns, cut: Any, samples: Sequence[Sample], yes: Tensor) -> None:
-    """yes (samples, m, 2 decisions) bool."""
+def _decisions(sample: Sample, supervised: set[int], probabilities: list[list[float]], place: int) -> set[int]:
+    """The supervised positions at which a session would decide; after each it is asked anew."""
+    taken, floor = set[int](), _asked(place)
+    for p in sorted(supervised):
+        if floor.hear(*probabilities[p - sample.open.start]):
+            taken.add(p)
+            floor = _asked(place)
+    return taken
+
+
+def _asked(place: int) -> Floor:
+    """A floor whose phase asks for this decision."""
+    floor = Floor(TurnTaking())
+    if place == BARGE_IN:
+        floor.take()
+        floor.speak()
+    return floor
+
+
+def _count(turns: Turns, cut: Any, samples: Sequence[Sample], probabilities: Tensor) -> None:
+    """probabilities (samples, m, 2 decisions)."""
     events, name = events_of(cut), cut.recording.id
-    for sample, row in zip(samples, yes.tolist(), strict=True):
+    for sample, row in zip(samples, probabilities.tolist(), strict=True):
         for place, labels, decision, kind, waited in (
             (TURN_TAKING, sample.turn_taking, "end of turn", "pause", "pauses of a turn waited through"),
             (BARGE_IN, sample.barge_in, "barge-in", "backchannel", "back-channels let pass"),
@@ -84,7 +105,7 @@ def _count(turns: Turns, cut: Any, samples: Sequence[Sample], yes: Tensor) -> No
             supervised = {p for p, label in zip(sample.open, labels, strict=True) if label >= 0}
             if not supervised:
                 continue
-            taken = {p for p in supervised if row[p - sample.open.start][place]}
+            taken = _decisions(sample, supervised, row, place)
             due = [p for p, label in zip(sample.open, labels, strict=True) if label == 1]
             names = [decision]
             if place == TURN_TAKING and due:

@@ -333,7 +333,7 @@ def test_what_a_budget_says_of_batches():
 
 def test_a_budget_is_measured(engine):
     budget = Budget.measure(engine, 2, repeats=1)
-    assert set(budget.tick) == set(budget.speak) == {1, 2} and budget.block_ms == 600
+    assert set(budget.tick) == set(budget.speak) <= {1, 2} and 1 in budget.tick and budget.block_ms == 600
     assert all(ms > 0 for costs in (budget.tick, budget.read, budget.write, budget.speak) for ms in costs.values())
     assert not engine._seated
 

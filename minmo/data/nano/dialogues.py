@@ -30,7 +30,7 @@ from minmo.data.numbers import LANGUAGES, number_words
 from minmo.data.simulator import Conditions, Material, simulate
 from minmo.data.utterances import Utterance
 
-DIALOGUES = {"train": 1200, "valid": 40, "test": 80}
+DIALOGUES = {"train": 4000, "valid": 40, "test": 80}
 SOURCES = {
     "train": (("train-s2s",), "train-backchannels"),
     "valid": (("valid-s2s",), "train-backchannels"),
