@@ -94,12 +94,13 @@ def full_duplex(
     takes over; a turn that the stream's end leaves open is answered where a voice was noticed in it, and a first one
     always.
 
-    threshold: the predictor's turn-taking probability from which a turn counts as ended, asked every 80 ms, twice in a row; sound after
-    the decision belongs to the next turn. max_positions: LLM context of the conversation, by default the model's; the
-    oldest exchanges are forgotten as it fills up, and ValueError is raised where a turn and its reply do not fit. A
-    FastMinMo needs two free rows. An async stream gives an async iterator; all of them compute in one thread off the
-    event loop, so a FastMinMo serves async streams, or calls from another thread, not both at once. Raises AudioError
-    for a piece of sound that cannot be heard, and FloatingPointError where the model's numbers become NaN.
+    threshold: the predictor's turn-taking probability from which a turn counts as ended, asked every 80 ms and reached
+    twice in a row; sound after the decision belongs to the next turn. max_positions: LLM context of the conversation,
+    by default the model's; the oldest exchanges are forgotten as it fills up, and ValueError is raised where a turn and
+    its reply do not fit. A FastMinMo needs two free rows. An async stream gives an async iterator; all of them compute
+    in one thread off the event loop, so a FastMinMo serves async streams, or calls from another thread, not both at
+    once. Raises AudioError for a piece of sound that cannot be heard, and FloatingPointError where the model's numbers
+    become NaN.
     """
     if not is_real(threshold) or not 0 <= threshold <= 1:
         raise ValueError(f"threshold is a probability in 0 .. 1, got {threshold!r}")

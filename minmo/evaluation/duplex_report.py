@@ -142,7 +142,7 @@ def _example(facts: Facts, folder: Path) -> None:
     sound += 1e-6 * np.random.default_rng(0).standard_normal(sound.shape)  # silence has no decibels
     figure = figures().Figure(figsize=(14, 6), layout="constrained")
     for place, (axes, name) in enumerate(zip(figure.subplots(2, sharex=True), ("user", "assistant"), strict=True)):
-        axes.specgram(sound[:, place], NFFT=512, noverlap=256, Fs=rate, vmin=-140, cmap="magma")
+        axes.specgram(sound[:, place], NFFT=512, noverlap=256, Fs=rate, vmin=-140, vmax=-30, cmap="magma")
         axes.set_ylim(0, 8_000)
         axes.set_ylabel(f"{name}, Hz")
     user, assistant = figure.axes

@@ -34,7 +34,7 @@ from minmo.conversation.history import Exchange, History
 from minmo.conversation.turn_taking import BY_REQUEST, Phase, TurnTaking
 
 GREEDY = minmo.Settings(temperature=0.0, max_text_tokens=12, max_speech_ratio=4, seed=3)
-AT_ONCE = TurnTaking(stop_ticks=1)
+AT_ONCE = TurnTaking(answer_ticks=1, stop=0.5, stop_ticks=1)
 TAKE, STOP, NEITHER = (1.0, 0.0), (0.0, 1.0), (0.0, 0.0)
 DECIDE = steps.decide
 
@@ -429,17 +429,17 @@ def test_settings_that_cannot_be(model):
 
 def test_full_duplex_hears_on_while_it_speaks(model, script):
     """The stream is the clock of what goes out, and an interruption ends it."""
-    script(NEITHER, TAKE, *[NEITHER] * 8, STOP, STOP)
+    script(NEITHER, TAKE, TAKE, *[NEITHER] * 9, STOP)
     stream = [minmo.VoiceInput(samples, 80.0 * n) for n, samples in enumerate(sound(14, 1))]
     outputs = list(minmo.full_duplex(model, stream, GREEDY, max_positions=300))
     (cut,) = (n for n, o in enumerate(outputs) if o.interrupted)
     assert outputs[cut].final and cut == len(outputs) - 1 and not any(o.final for o in outputs[:cut])
     assert sum(len(o.audio) for o in outputs) == (200 + 9 * 80) * 24
-    script(NEITHER, TAKE)
+    script(NEITHER, TAKE, TAKE)
     (*rest, last) = minmo.full_duplex(model, stream, GREEDY, max_positions=300)
     assert last.final and not last.interrupted and not any(o.final for o in rest)
     spoken = sum(len(o.audio) for o in [*rest, last])
-    assert spoken > (200 + 12 * 80) * 24 and len(last.audio) > 80 * 24, "what is left at the end comes at once"
+    assert spoken > (200 + 11 * 80) * 24 and len(last.audio) > 80 * 24, "what is left at the end comes at once"
 
 
 def test_a_client_holds_a_conversation_with_a_recording(model, script):

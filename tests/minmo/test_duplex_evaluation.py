@@ -175,10 +175,10 @@ def test_a_conversation_is_held_with_a_user_who_interrupts(conversation):
     first = facts["voices"][0]
     assert first[0] == 0 and first[1] < begun < first[2], "while the assistant really sounds"
     found = scores(facts)
-    assert found["end of turn to decision, p95, s"].value <= 0.08 and found["missed turns"].value == 0
+    assert found["end of turn to decision, p95, s"].value <= 0.16 and found["missed turns"].value == 0
     assert found["barge-in success"].value == 1
     decided, played = (found[f"barge-in to {what}, p50, s"].value for what in ("decision", "last sound played"))
-    assert 0.24 <= decided <= 0.4 and decided - 0.08 <= played <= decided
+    assert 0.16 <= decided <= 0.32 and decided - 0.08 <= played <= decided
     assert json.loads(json.dumps(facts)) == facts
     sound, rate = sf.read(file, always_2d=True)
     assert sound.shape[1] == 2 and len(sound) / rate == pytest.approx(facts["seconds"], abs=0.1)

@@ -35,7 +35,7 @@ from minmo.conversation.turn_taking import BY_REQUEST, TurnTaking
 GREEDY = minmo.Settings(temperature=0.0, max_text_tokens=12, max_speech_ratio=4, seed=3)
 DRAWN = minmo.Settings(temperature=1.0, max_text_tokens=12, max_speech_ratio=4, seed=5)
 TEXT = minmo.Settings(temperature=0.0, max_text_tokens=6, max_speech_ratio=4, speak=False)
-AT_ONCE = TurnTaking(stop_ticks=1)
+AT_ONCE = TurnTaking(answer_ticks=1, stop=0.5, stop_ticks=1)
 TAKE, STOP, NEITHER, NAN = (1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (float("nan"), 0.0)
 DECIDE = steps.decide
 CHEAP = Budget(*[{1: 1.0}] * 4)

@@ -208,6 +208,8 @@ def test_training_reads_what_a_conversation_reads_again(model, builder):
         ]
         history.open = [heard[p] for p in sample.open]
         going_on = Conversation(model, quiet, max_positions=1000, history=history)
+        while going_on.next_step:
+            going_on.step()
         torch.testing.assert_close(
             states[n, : len(sample.open)], torch.cat(going_on._branches.hidden), rtol=0, atol=1e-4, msg=f"sample {n}"
         )

@@ -42,17 +42,17 @@ def test_by_request_alone():
     floor.take()
     floor.speak()
     assert phases(floor, stops=[1.0, 1.0]) == [S, S]
-    floor.change(TurnTaking(stop_ticks=1))
+    floor.change(TurnTaking(answer_ticks=1, stop=0.5, stop_ticks=1))
     assert phases(floor, stops=[1.0]) == [Y]
 
 
 def test_the_user_goes_on_before_the_first_sound():
-    floor = Floor(TurnTaking(stop_ticks=2))
+    floor = Floor(TurnTaking(answer_ticks=1, stop=0.5, stop_ticks=2))
     assert phases(floor, [0.9], [0.8, 0.8]) == [T, T, Y]
 
 
 def test_an_interruption_that_began_before_the_first_sound_counts_on():
-    floor = Floor(TurnTaking(stop_ticks=3))
+    floor = Floor(TurnTaking(answer_ticks=1, stop=0.5, stop_ticks=3))
     assert phases(floor, [0.9], [0.8, 0.8]) == [T, T, T]
     floor.speak()
     assert phases(floor, stops=[0.8]) == [Y]
@@ -77,22 +77,23 @@ def test_eagerness_orders_how_soon_it_speaks_and_gives_way():
     sure = {
         name: next(n for n in range(1, 20) if phases(Floor(s), [0.75] * n)[-1] is T) for name, s in EAGERNESS.items()
     }
-    assert sure == {"low": 6, "medium": 3, "high": 1, "auto": 1}
+    assert sure == {"low": 6, "medium": 3, "high": 1, "auto": 2}
 
     def stops(settings, value):
         floor = Floor(settings)
         floor.take()
         return phases(floor, stops=[value] * 5)
 
-    assert [stops(EAGERNESS[name], 0.65)[-1] for name in ("low", "medium", "high", "auto")] == [Y, Y, T, Y]
-    assert stops(EAGERNESS["auto"], 0.65) == [T, Y, Y, Y, Y], "one tick that is wrong stops nobody"
+    assert [stops(EAGERNESS[name], 0.65)[-1] for name in ("low", "medium", "high", "auto")] == [Y, Y, T, T]
+    assert stops(EAGERNESS["medium"], 0.65) == [T, Y, Y, Y, Y], "one tick that is wrong stops nobody"
+    assert stops(EAGERNESS["auto"], 0.85)[0] is Y, "a sure one stops at once"
     assert eagerness("low") is EAGERNESS["low"]
     with pytest.raises(ValueError, match="one of low, medium, high, auto"):
         eagerness("eager")
 
 
 def test_moves_that_a_phase_does_not_allow():
-    floor = Floor(TurnTaking())
+    floor = Floor(TurnTaking(answer_ticks=1, stop=0.5, stop_ticks=2))
     for move in (floor.speak, floor.give_way, floor.listen):
         with pytest.raises(RuntimeError, match="is listening"):
             move()
