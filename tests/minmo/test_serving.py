@@ -265,7 +265,8 @@ def test_a_pause_ends_the_turn_with_server_vad(serve, scripted, client):
 def test_turns_without_replies(serve, scripted, client):
     """create_response false: the predictor commits the turn, and the client asks for the reply."""
     c = client(serve(scripted()))
-    c.update(turn_detection={"type": "semantic_vad", "create_response": False})
+    # A scripted predictor is sure for one tick.
+    c.update(turn_detection={"type": "semantic_vad", "eagerness": "high", "create_response": False})
     c.say(VOICE, SILENCE)
     assert "response.created" not in kinds(c.until("conversation.item.done"))
     c.send("response.create")
