@@ -61,7 +61,7 @@ EAGERNESS = {
     "auto": TurnTaking(),
 }
 """How eager the assistant is to speak: `low` waits long for the user and gives way soon, `high` does the opposite.
-`auto` is chosen on nano's validation dialogues: to answer, by the best F1@5; to stop, the quickest that lets five of six
+`auto` is chosen on nano's validation dialogues: to answer, by the best F1@5; to stop, the quickest that lets 85 % of
 back-channels pass."""
 
 
