@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minmo.config import TICK
 from minmo.conversation import steps
@@ -95,14 +96,14 @@ def write(conversations: Sequence[Conversation]) -> list[Outcome]:
 
 @torch.inference_mode()
 def speak(conversations: Sequence[Conversation]) -> list[Outcome]:
-    """Speaks the next block of several conversations whose next step is "speak"."""
+    """Speaks the next block of several conversations whose next step is "speak", up to its mel frames."""
     first = conversations[0]
     model, device = first.model, first.model.device
     answers = [c._answer for c in conversations if c._answer is not None]
     nothing = torch.zeros(1, model.config.voice_decoder.semantic_block, model.config.llm.dim, device=device)
     silent = (nothing.to(answers[0].last.dtype),) * 2
     blocks = [(*silent, 0) if answer.block is None else answer.block for answer in answers]
-    sounds, finished, faults = steps.speak(
+    mel, frames, finished, faults = steps.speak(
         model,
         first._state.speaking,
         _rows(conversations),
@@ -111,14 +112,42 @@ def speak(conversations: Sequence[Conversation]) -> list[Outcome]:
         torch.tensor([answer.written for answer in answers], device=device),
         answers[0].clock,
     )
-    ended = finished.tolist()
+    counts, ended = frames.tolist(), finished.tolist()
     return _each(
         conversations,
-        lambda n, c: c._fail(faults[n]) if n in faults else c._spoke(answers[n], sounds[n], ended[n]),
+        lambda n, c: c._fail(faults[n]) if n in faults else c._spoke(answers[n], mel[n, : counts[n]].clone(), ended[n]),
     )
 
 
-STEPS: dict[str, Callable[[Sequence[Conversation]], list[Outcome]]] = {"read": read, "write": write, "speak": speak}
+@torch.inference_mode()
+def sound(conversations: Sequence[Conversation]) -> list[Outcome]:
+    """Gives the sound of what several conversations have spoken, whose next step is "sound"."""
+    first = conversations[0]
+    device = first.model.device
+    answers = [c._answer for c in conversations if c._answer is not None]
+    mels = [answer.mel for answer in answers if answer.mel is not None]
+    ended = [answer.spoken for answer in answers]
+    sounds, faults = steps.sound(
+        first.model,
+        first._state.speaking,
+        _rows(conversations),
+        pad_sequence(mels, batch_first=True),
+        torch.tensor([len(mel) for mel in mels], dtype=torch.int32, device=device),
+        torch.tensor(ended, device=device),
+        answers[0].clock,
+    )
+    return _each(
+        conversations,
+        lambda n, c: c._fail(faults[n]) if n in faults else c._sounded(answers[n], sounds[n], ended[n]),
+    )
+
+
+STEPS: dict[str, Callable[[Sequence[Conversation]], list[Outcome]]] = {
+    "read": read,
+    "write": write,
+    "speak": speak,
+    "sound": sound,
+}
 """By what `Conversation.next_step` says."""
 
 

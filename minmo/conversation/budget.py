@@ -17,7 +17,8 @@ PARTS = {
     "tick": ("encoder", "listen"),
     "read": ("prefill",),
     "write": ("text token",),
-    "speak": ("speech block", "flow", "vocoder"),
+    "speak": ("speech block", "flow"),
+    "sound": ("vocoder",),
 }
 """The parts of `FastMinMo.rehearse` that make a step; of text tokens a block has several."""
 
@@ -27,15 +28,16 @@ class Budget:
     """What steps cost, in milliseconds by batch size, and what sessions do.
 
     tick: 80 ms of sound are heard; read: `prefill` positions of context; write: a block of text; speak: a block of
-    sound, of `block_ms`. prefill: positions of a read; block_tokens: text tokens of a block. speaking: share of the
-    time that a session's assistant speaks. usable: share of the time that may be planned for; the rest is for what
-    steps do beside computing, and for chance.
+    speech, of `block_ms`, up to its mel frames; sound: their sound. prefill: positions of a read; block_tokens: text
+    tokens of a block. speaking: share of the time that a session's assistant speaks. usable: share of the time that may
+    be planned for; the rest is for what steps do beside computing, and for chance.
     """
 
     tick: Mapping[int, float]
     read: Mapping[int, float]
     write: Mapping[int, float]
     speak: Mapping[int, float]
+    sound: Mapping[int, float]
     block_ms: float = 600.0
     block_tokens: int = 5
     prefill: int = 64
@@ -62,6 +64,7 @@ class Budget:
             found["read"],
             found["write"],
             found["speak"],
+            found["sound"],
             block_ms=c.speech_block * SPEECH_TOKEN_MS,
             block_tokens=c.semantic_block,
             prefill=model.prefill,
@@ -95,7 +98,7 @@ class Budget:
         heard = transcribed * (1 - self.speaking)
         return {
             "ticks": self.cost("tick", sessions) if sessions else 0.0,
-            "speech": blocks * self.cost("speak", batch) / batch,
+            "speech": blocks * (self.cost("speak", batch) + self.cost("sound", batch)) / batch,
             "text": blocks * self.cost("write", batch) / batch,
             "context": sessions * self.speaking * self.cost("read", 1) / self.prefill,
             "transcripts": heard

@@ -56,7 +56,8 @@ ENOUGH_MS = 600.0
 @dataclass
 class _Answer:
     """A reply that is being made. begins: positions of the reply row before its text; last (1, dim): the state that
-    predicts its next token; block: vectors that wait to be spoken."""
+    predicts its next token; block: vectors that wait to be spoken; mel (frames, n_mels): what was spoken of them and
+    waits to sound; spoken: whether that is the last."""
 
     number: int
     settings: Settings
@@ -70,6 +71,7 @@ class _Answer:
     ids: list[int] = field(default_factory=list)
     written: bool = False
     block: tuple[Tensor, Tensor, int] | None = None
+    mel: Tensor | None = None
     spoken: bool = False
     told: bool = False
     """Whether its end has been told."""
@@ -198,10 +200,12 @@ class Conversation:
 
     @property
     def next_step(self) -> str | None:
-        """The work that is due: "read", "write" or "speak", or None."""
+        """The work that is due: "read", "write", "speak" or "sound", or None."""
         if self._branches.reading is not None:
             return "read"
         answer = self._answer
+        if answer is not None and answer.mel is not None:
+            return "sound"
         if answer is None or self._playback.queued >= ENOUGH_MS * self.rate / 1e3:
             return None
         if answer.block is None and not answer.written:
@@ -451,10 +455,16 @@ class Conversation:
             self._end(answer, len(answer.ids))
         return events
 
-    def _spoke(self, answer: _Answer, sound: np.ndarray, finished: bool) -> list[Event]:
+    def _spoke(self, answer: _Answer, mel: Tensor, finished: bool) -> list[Event]:
+        """mel (frames, n_mels): of a block, and whether it is the reply's last."""
+        answer.block, answer.spoken = None, finished
+        answer.mel = mel if len(mel) or finished else None
+        return []
+
+    def _sounded(self, answer: _Answer, sound: np.ndarray, finished: bool) -> list[Event]:
         if len(sound):
             answer.clock.mark(T.TO_AUDIO)
-        answer.block, answer.spoken = None, finished
+        answer.mel = None
         self._playback.put(answer.generation, sound, finished)
         if answer is not self._answer:
             return []

@@ -97,7 +97,7 @@ class Scheduler:
     def statistics(self) -> Statistics:
         """From any thread."""
         now = time.perf_counter()
-        waiting = dict.fromkeys(("tick", "read", "write", "speak", "transcribe"), 0)
+        waiting = dict.fromkeys(("tick", *batch.STEPS, "transcribe"), 0)
         with self._wake:
             heads = [line._inbox[0] for line in self._lines if line._inbox]
             waiting["tick"] = sum(isinstance(item, Tick) for line in self._lines for item in line._inbox)

@@ -316,8 +316,13 @@ class Session:
         Entries whose states or sound are NaN are named in `faults`; they give no more sound.
         """
         rows = torch.where(speaking, self.rows, -1).to(torch.int32)
-        pieces, finished, failed = steps.speak(self.model, state, rows, (hidden, embedding), counts, text_done, clock)
-        for entry, why in failed.items():
+        mel, frames, finished, failed = steps.speak(
+            self.model, state, rows, (hidden, embedding), counts, text_done, clock
+        )
+        for entry in failed:
+            rows[entry] = -1
+        pieces, unheard = steps.sound(self.model, state, rows, mel, frames, finished, clock)
+        for entry, why in (unheard | failed).items():
             faults[entry] = why
         return pieces, finished
 

@@ -232,9 +232,9 @@ def speak(
     counts: Lengths,
     text_done: Tensor,
     clock: Clock,
-) -> tuple[list[np.ndarray], Tensor, dict[int, str]]:
-    """Semantic vectors -> speech tokens -> mel -> sound of each entry, which entries have finished (batch,), and why
-    entries failed, whose states or sound are NaN; they give no more sound.
+) -> tuple[Tensor, Lengths, Tensor, dict[int, str]]:
+    """Semantic vectors -> speech tokens -> mel frames (batch, n, n_mels) and their counts (batch,), which entries have
+    finished (batch,), and why entries failed, whose states are NaN: they give no frames.
 
     vectors: hidden states and embeddings (batch, block, dim), of which an entry has `counts`; text_done (batch,) bool.
     """
@@ -251,15 +251,23 @@ def speak(
     mel, frames, _ = model.flow.step(tokens, token_counts, state.flow, rows, finished)
     if int(frames.max()) > 0:
         clock.lap(T.FLOW)
-    mel = mel[:, : int(frames.max())]
+    return mel[:, : int(frames.max())], frames, finished, faults
+
+
+def sound(
+    model: MinMo, state: SpeakingState, rows: Tensor, mel: Tensor, frames: Lengths, finished: Tensor, clock: Clock
+) -> tuple[list[np.ndarray], dict[int, str]]:
+    """What `speak` gave -> the sound of each entry, and why entries failed, whose sound is NaN: they give none."""
+    clock.skip()
     audio, samples, _ = model.vocoder.step(mel, frames, state.vocoder, rows, finished)
     if int(samples.max()) > 0:
         clock.lap(T.VOCODER)
         clock.mark(T.TO_AUDIO)
-    sound = audio.float().cpu().numpy()
-    pieces = [sound[entry, :n] for entry, n in enumerate(samples.tolist())]
+    faults: dict[int, str] = {}
+    heard = audio.float().cpu().numpy()
+    pieces = [heard[entry, :n] for entry, n in enumerate(samples.tolist())]
     for entry, piece in enumerate(pieces):
         if not np.isfinite(piece).all():
             faults[entry] = SOUND_FAULT
             pieces[entry] = piece[:0]
-    return pieces, finished, faults
+    return pieces, faults

@@ -203,9 +203,10 @@ class FastMinMo(MinMo):
             mel, _, _ = self.flow.step(tokens, full_lengths(tokens), speaking.flow, rows, more)
             yield took("flow")
             first, other, _ = self._mel_frames
-            for piece in (mel[:, :first], mel[:, :other]):
-                self.vocoder.step(piece, full_lengths(piece), speaking.vocoder, rows, ~more)
-            yield took("vocoder")
+            for name, frames, final in (("first sound", first, more), ("vocoder", other, more), ("end", other, ~more)):
+                piece = mel[:, :frames]
+                self.vocoder.step(piece, full_lengths(piece), speaking.vocoder, rows, final)
+                yield took(name)
         finally:
             seats.leave()
 

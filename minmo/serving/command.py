@@ -86,7 +86,7 @@ def serve(
             style="yellow", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
     nothing = {1: 0.001}
-    budget = None if measure else Budget(nothing, nothing, nothing, nothing)  # as if steps cost nothing
+    budget = None if measure else Budget(nothing, nothing, nothing, nothing, nothing)  # as if steps cost nothing
     scheduler = Scheduler(model, budget=budget, max_sessions=sessions)
     limits = Limits(session_s=session_seconds, idle_s=idle_seconds, sessions_per_key=sessions_per_key)
     guard = Guard(keys, origin or (), local=local)

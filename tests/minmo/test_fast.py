@@ -113,10 +113,11 @@ def readable():
 @pytest.mark.parametrize("weights", WEIGHTS)
 @torch.no_grad()
 def test_steps_equal_the_readable_ones(readable, weights):
-    """Prefill, single positions, logits and duplex decisions of both, step by step."""
+    """Prefill, single positions, logits and duplex decisions of both, step by step, on words that the model knows: of
+    what it never saw it thinks nothing definite, and an error relative to that says little."""
     fast = minmo.FastMinMo(readable, weights=weights, keep_model=True)
-    torch.manual_seed(1)
-    ids = torch.randint(0, readable.config.llm.vocab, (2, 9))
+    said = ("what is five plus three five plus three is", "forty two minus seven is thirty five tell me")
+    ids = torch.tensor([readable.tokenizer.encode(text)[:9] for text in said])
     rows = all_rows(2)
     states = [model.initial_state(2, 16, 16) for model in (readable, fast)]
     outs = []
