@@ -42,7 +42,7 @@ class Budget:
     block_tokens: int = 5
     prefill: int = 64
     speaking: float = 0.5
-    usable: float = 0.8
+    usable: float = 0.6
 
     @classmethod
     def measure(cls, model: FastMinMo, most: int, repeats: int = 3) -> Budget:
