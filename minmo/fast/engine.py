@@ -203,8 +203,8 @@ class FastMinMo(MinMo):
             mel, _, _ = self.flow.step(tokens, full_lengths(tokens), speaking.flow, rows, more)
             yield took("flow")
             first, other, _ = self._mel_frames
-            for name, frames, final in (("first sound", first, more), ("vocoder", other, more), ("end", other, ~more)):
-                piece = mel[:, :frames]
+            for name, size, final in (("first sound", first, more), ("vocoder", other, more), ("end", other, ~more)):
+                piece = mel[:, :size]
                 self.vocoder.step(piece, full_lengths(piece), speaking.vocoder, rows, final)
                 yield took(name)
         finally:
