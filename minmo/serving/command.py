@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from minmo.console import err
@@ -77,6 +78,9 @@ def serve(
     if record is not None:
         record.mkdir(parents=True, exist_ok=True)
     drawing = Settings(seed=seed, temperature=temperature, max_text_tokens=max_text_tokens)
+    if "OMP_NUM_THREADS" not in os.environ:
+        # A core is left to the sockets: with none of its own, what they do makes ticks late.
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     model = FastMinMo.from_pretrained(
         preset, device, rows=2 * sessions + 1, max_positions=max_positions, weights=weights
     )
