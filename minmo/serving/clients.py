@@ -14,7 +14,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -32,7 +32,7 @@ WIRE_RATE = 24_000
 LEVELS = (1, 2, 4, 8, 16, 32)
 SECONDS_A_TURN = 3
 OPEN_SECONDS = 10.0
-CONDITIONS = {"pause": 0.0, "backchannel": 0.0, "burst": 0.0, "barge_in": 0.4, "snr_db": (None,), "echo_db": (None,)}
+CONDITIONS = Conditions(pause=0.0, backchannel=0.0, burst=0.0, barge_in=0.4, snr_db=(None,), echo_db=(None,))
 
 
 @dataclass
@@ -265,7 +265,7 @@ def run_levels(
     """
     socket, metrics = _addresses(url)
     said = [(Utterance(sound, name), Utterance(sound, name)) for name, sound in sounds]
-    conditions = Conditions(turns=max(2, int(seconds / SECONDS_A_TURN)), **CONDITIONS)  # type: ignore[arg-type]
+    conditions = replace(CONDITIONS, turns=max(2, int(seconds / SECONDS_A_TURN)))
     found = []
     for sessions in levels:
         before = _metrics(metrics, key)

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 import threading
+from dataclasses import replace
 from http import HTTPStatus
 from types import SimpleNamespace
 
@@ -18,6 +19,7 @@ pytest.importorskip("websockets", reason="a load test needs pip install 'minmo[s
 from websockets.asyncio.server import serve  # noqa: E402
 
 from minmo import cli  # noqa: E402
+from minmo.serving import clients  # noqa: E402
 from minmo.serving import loadtest as module  # noqa: E402
 from minmo.serving.clients import CONDITIONS, Level, Seen, run_levels  # noqa: E402
 from minmo.serving.loadtest import draw, table  # noqa: E402
@@ -117,7 +119,7 @@ class Server:
 
 @pytest.mark.parametrize("fault,lost,damaged", [("", False, False), ("lose", True, True), ("swap", False, True)])
 def test_what_a_server_loses_or_swaps_is_seen(fault, lost, damaged, monkeypatch):
-    monkeypatch.setitem(CONDITIONS, "barge_in", 0.0)
+    monkeypatch.setattr(clients, "CONDITIONS", replace(CONDITIONS, barge_in=0.0))
     server = Server(fault)
     with server.run() as url:
         (level,) = run_levels(url, [("noise", VOICE)], [2], seconds=4.8)
@@ -130,7 +132,7 @@ def test_what_a_server_loses_or_swaps_is_seen(fault, lost, damaged, monkeypatch)
 
 
 def test_interruptions_are_timed_and_what_is_refused_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setitem(CONDITIONS, "barge_in", 1.0)
+    monkeypatch.setattr(clients, "CONDITIONS", replace(CONDITIONS, barge_in=1.0))
     with Server(room=2).run() as url:
         levels = run_levels(url, [("noise", VOICE)], [3], seconds=4.8)
     seen = levels[0].seen
