@@ -6,6 +6,7 @@ the clock of the sound that they hear, and stop when a voice returns.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from concurrent.futures import Future
@@ -288,3 +289,20 @@ def serve():
         one.uvicorn.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+@pytest.fixture
+def client():
+    """client(running, query, **options of websockets) -> a Client, that has been greeted; closed after the test."""
+    from realtime_client import Client
+
+    with contextlib.ExitStack() as stack:
+
+        def start(running, query="", greeted=True, **options):
+            one = Client(running.ws(query), **options)
+            stack.callback(one.socket.close)
+            if greeted:
+                one.greeting = one.read()
+            return one
+
+        yield start

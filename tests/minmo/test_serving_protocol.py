@@ -1,0 +1,199 @@
+"""The protocol over loopback, its conversations scripted: turns, items and settings, event by event."""
+
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+import pytest
+
+pytest.importorskip("starlette", reason="the server needs pip install 'minmo[serve]'")
+
+from realtime_client import REPLY, SILENCE, VOICE, kinds, of  # noqa: E402
+
+from minmo.serving.sound import Encoding  # noqa: E402
+
+
+def test_a_spoken_turn(serve, scripted, client):
+    """Names and order of a turn, its sound whole, and what is kept of it."""
+    c = client(serve(scripted(reply_s=0.8)))
+    assert c.greeting["type"] == "session.created" and "resume_token" not in c.greeting
+    c.update(transcription={"model": "nano"})
+    c.say(VOICE, SILENCE, SILENCE)
+    came = c.until("response.done")
+    at = kinds(came).index("response.created")
+    assert kinds(came)[:at] == [
+        "input_audio_buffer.speech_started",
+        "input_audio_buffer.speech_stopped",
+        "input_audio_buffer.committed",
+        "conversation.item.added",
+        "conversation.item.done",
+    ]
+    told = [kind for kind in kinds(came)[at:] if "input_audio_transcription" not in kind]
+    assert told == REPLY
+    started, stopped, committed = came[:3]
+    assert started["item_id"] == stopped["item_id"] == committed["item_id"]
+    assert started["audio_start_ms"] == 0 and 1000 <= stopped["audio_end_ms"] <= 1500
+    sound = b"".join(base64.b64decode(event["delta"]) for event in of("response.output_audio.delta", came))
+    expected = np.round(0.3 * np.sin(2 * np.pi * 440 / 24_000 * np.arange(19_200)) * 32768)
+    np.testing.assert_allclose(np.frombuffer(sound, "<i2"), expected, atol=1)
+    done = came[-1]["response"]
+    assert done["status"] == "completed" and done["status_details"] is None
+    assert done["output"][0]["content"] == [{"type": "output_audio", "transcript": "three and four"}]
+    transcript = of("conversation.item.input_audio_transcription.completed", came)
+    assert [(t["item_id"], t["transcript"]) for t in transcript] == [(committed["item_id"], "what is it")]
+    c.send("conversation.item.retrieve", item_id=done["output"][0]["id"])
+    content = c.until("conversation.item.retrieved")[-1]["item"]["content"][0]
+    assert base64.b64decode(content["audio"]) == sound
+    ids = [event["event_id"] for event in c.events]
+    assert len(set(ids)) == len(ids)
+
+
+def test_barge_in(serve, scripted, client):
+    """The reply is told to be over before the voice is told to have begun; a client says what it has played of it."""
+    running = serve(scripted(reply_s=30))
+    c = client(running)
+    c.say(VOICE, SILENCE)
+    c.until("response.output_audio.delta")
+    c.say(VOICE)
+    came = c.until("input_audio_buffer.speech_started")
+    assert kinds(came)[-7:] == [*REPLY[-6:], "input_audio_buffer.speech_started"]
+    done = of("response.done", came)[0]["response"]
+    assert (done["status"], done["status_details"]["reason"]) == ("cancelled", "turn_detected")
+    item = done["output"][0]["id"]
+    c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=80)
+    c.until("conversation.item.truncated")
+    assert running.scheduler.opened[0].conversation.acknowledged == [(0, 80)]
+    c.send("conversation.item.retrieve", item_id=item)
+    content = c.until("conversation.item.retrieved")[-1]["item"]["content"][0]
+    assert content["transcript"] is None and len(base64.b64decode(content["audio"])) == 80 * 48
+    c.send("conversation.item.truncate", item_id=item, content_index=0, audio_end_ms=10_000)
+    assert c.error()["param"] == "audio_end_ms"
+
+
+def test_a_voice_that_does_not_interrupt_is_told_after_the_reply(serve, scripted, client):
+    running = serve(scripted(reply_s=2))
+    c = client(running)
+    c.update(turn_detection={"type": "semantic_vad", "interrupt_response": False})
+    c.say(VOICE, SILENCE)
+    c.until("response.created")
+    c.say(VOICE, VOICE, VOICE)
+    came = c.until("input_audio_buffer.speech_started")
+    assert of("response.done", came)[0]["response"]["status"] == "completed"
+
+
+def test_push_to_talk(serve, scripted, client):
+    running = serve(scripted(reply_s=20))
+    c = client(running)
+    assert c.update(turn_detection=None)["audio"]["input"]["turn_detection"] is None
+    c.send("input_audio_buffer.commit")
+    assert c.error()["code"] == "input_audio_buffer_commit_empty"
+    c.say(VOICE)
+    c.send("input_audio_buffer.clear")
+    assert kinds(c.until("input_audio_buffer.cleared")) == ["input_audio_buffer.cleared"]
+    c.send("response.create")
+    assert "nothing was heard" in c.error()["message"]
+    c.say(VOICE)
+    c.send("input_audio_buffer.commit")
+    c.send("response.create", response={"metadata": {"turn": "1"}})
+    came = c.until("response.output_audio.delta")
+    assert kinds(came)[:4] == [
+        "input_audio_buffer.committed", "conversation.item.added", "conversation.item.done", "response.created",
+    ]  # fmt: skip
+    assert of("response.created", came)[0]["response"]["metadata"] == {"turn": "1"}
+    c.send("response.create")
+    assert c.error()["code"] == "conversation_already_has_active_response"
+    c.send("response.cancel", response_id="resp_of_somebody")
+    assert c.error()["code"] == "response_cancel_not_active"
+    c.send("response.cancel")
+    done = c.until("response.done")[-1]["response"]
+    assert (done["status"], done["status_details"]["reason"]) == ("cancelled", "client_cancelled")
+    c.send("response.cancel")
+    assert c.error()["code"] == "response_cancel_not_active"
+
+
+def test_a_pause_ends_the_turn_with_server_vad(serve, scripted, client):
+    running = serve(scripted())
+    c = client(running)
+    c.update(turn_detection={"type": "server_vad", "silence_duration_ms": 800})
+    c.say(VOICE, SILENCE[:12_000], VOICE, SILENCE, SILENCE)
+    came = c.until("response.done")
+    assert kinds(came).count("input_audio_buffer.speech_stopped") == 2
+    assert kinds(came).count("input_audio_buffer.committed") == kinds(came).count("response.created") == 1
+    assert kinds(came).index("response.created") > kinds(came)[2:].index("input_audio_buffer.speech_stopped")
+
+
+def test_turns_without_replies(serve, scripted, client):
+    """create_response false: the predictor commits the turn, and the client asks for the reply."""
+    c = client(serve(scripted()))
+    # A scripted predictor is sure for one tick.
+    c.update(turn_detection={"type": "semantic_vad", "eagerness": "high", "create_response": False})
+    c.say(VOICE, SILENCE)
+    assert "response.created" not in kinds(c.until("conversation.item.done"))
+    c.send("response.create")
+    c.until("response.done")
+
+
+def test_typed_turns_in_text(serve, scripted, client):
+    running = serve(scripted())
+    c = client(running)
+    message = {
+        "type": "message",
+        "role": "user",
+        "id": "mine",
+        "content": [{"type": "input_text", "text": "two plus two"}],
+    }
+    c.send("conversation.item.create", item=message)
+    assert kinds(c.until("conversation.item.done")) == ["conversation.item.added", "conversation.item.done"]
+    c.send("conversation.item.create", item=message)
+    assert c.error()["code"] == "item_id_taken"
+    c.send("response.create", response={"output_modalities": ["text"]})
+    came = c.until("response.done")
+    text = "".join(event["delta"] for event in of("response.output_text.delta", came))
+    assert text == came[-1]["response"]["output"][0]["content"][0]["text"] == "three and four"
+    assert not of("response.output_audio.delta", came)
+    assert running.scheduler.opened[0].conversation.settings.speak  # of that response alone
+    c.send("conversation.item.delete", item_id="mine")
+    gone = [c.until("conversation.item.deleted")[-1]["item_id"] for _ in range(2)]
+    assert gone == ["mine", came[-1]["response"]["output"][0]["id"]]
+    assert running.scheduler.opened[0].conversation.removed == [0]
+    c.send("conversation.item.retrieve", item_id="mine")
+    assert c.error()["code"] == "item_not_found"
+
+
+@pytest.mark.parametrize("name", ["audio/pcmu", "audio/pcma"])
+def test_telephones(serve, scripted, client, name):
+    running = serve(scripted(reply_s=0.8))
+    c = client(running)
+    audio = {"input": {"format": {"type": name}}, "output": {"format": {"type": name}}}
+    c.send("session.update", session={"type": "realtime", "audio": audio})
+    c.until("session.updated")
+    encoder = Encoding(name, 24_000, to_wire=True)
+    data = encoder.encode(np.concatenate([VOICE, SILENCE, SILENCE]), final=True)
+    assert len(data) == 3 * 8000
+    c.send("input_audio_buffer.append", audio=base64.b64encode(data).decode())
+    came = c.until("response.done")
+    sound = b"".join(base64.b64decode(event["delta"]) for event in of("response.output_audio.delta", came))
+    assert len(sound) == round(0.8 * 8000)
+
+
+def test_the_stock_sdk_asks_for_what_is_not_there(serve, scripted, client):
+    """Every update is taken as a whole or refused as a whole."""
+    c = client(serve(scripted()))
+    before = c.greeting["session"]
+    for session in (
+        {"instructions": "be brief"},
+        {"tools": [{"type": "function", "name": "f"}]},
+        {"output_modalities": ["text"], "audio": {"output": {"voice": "alloy"}}},
+        {"output_modalities": ["text"], "audio": {"input": {"format": {"type": "audio/pcm", "rate": 16_000}}}},
+        {"output_modalities": ["audio", "text"]},
+        {"output_modalities": ["text"], "model": "gpt-realtime"},
+        {"output_modalities": ["text"], "audio": {"input": {"turn_detection": {"type": "telepathy"}}}},
+        {"output_modalities": ["text"], "temperature": 0.8},
+        {"max_output_tokens": 0},
+    ):
+        c.send("session.update", event_id="mine", session={"type": "realtime", **session})
+        error = c.error()
+        assert error["type"] == "invalid_request_error" and error["event_id"] == "mine" and error["param"]
+    c.send("session.update", session={"type": "realtime"})
+    assert c.until("session.updated")[-1]["session"] == before
