@@ -306,3 +306,43 @@ def client():
             return one
 
         yield start
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """An untrained nano whose texts have some length, and depend on what was said."""
+    import torch
+
+    import minmo
+    from minmo import weights
+
+    torch.manual_seed(5)
+    model = weights.untrained("nano", "cpu")
+    with torch.no_grad():
+        for parameter in model.llm.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+    return minmo.FastMinMo(model, rows=7, max_positions=300, max_voice_positions=400)
+
+
+@pytest.fixture
+def decisions(monkeypatch):
+    """The predictor's decisions, as a test gives them."""
+    from opened_lines import Decisions
+
+    from minmo.conversation import steps
+
+    given = Decisions()
+    monkeypatch.setattr(steps, "decide", given)
+    return given
+
+
+@pytest.fixture
+def scheduler(engine):
+    from opened_lines import CHEAP
+
+    from minmo.conversation.scheduler import Scheduler
+
+    with Scheduler(engine, budget=CHEAP) as scheduler:
+        yield scheduler
+    assert not engine._seated, "every row is free again"
