@@ -47,9 +47,11 @@ class Tick:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """Something for the engine's thread to do, and who waits for its result."""
+    """Something for the engine's thread to do, and who waits for its result. patient: context that is to be read is
+    read before, piece by piece; else it would be at once, while all others wait."""
 
     run: Callable[[], Any]
+    patient: bool = False
     future: Future[Any] = field(default_factory=Future)
 
     def __call__(self) -> None:
@@ -128,10 +130,10 @@ class Line:
         on. It must not wait for anything. Actions run in the order in which they were asked for, but before those that
         wait for sound.
 
-        after_sound: not before all sound that was given has been heard; of that an incomplete last tick is filled up
-        with silence.
+        after_sound: not before all sound that was given has been heard, and context that was to be read has been read;
+        of the sound an incomplete last tick is filled up with silence.
         """
-        call = Call(lambda: self._scheduler._act(self, action))
+        call = Call(lambda: self._scheduler._act(self, action), patient=after_sound)
         with self._wake:
             if self._ended:
                 call.refuse(self._ended)

@@ -145,9 +145,8 @@ class Scheduler:
 
     def _serve(self) -> None:
         try:
-            while (calls := self._wait()) is not None:
-                for call in calls:
-                    call()
+            while self._wait():
+                self._answer_calls()
                 self._round()
         except BaseException as error:
             LOG.exception("the engine's thread failed")
@@ -165,15 +164,18 @@ class Scheduler:
             for call in calls:
                 call.refuse(self._closed)
 
-    def _wait(self) -> list[Call] | None:
-        """Until there is something to do -> what was asked for; None at the end."""
+    def _wait(self) -> bool:
+        """Until there is something to do, or the end has come: then false."""
         with self._wake:
             while not self._calls and not self._closed and not self._busy():
                 self._wake.wait()
-            if self._closed and not self._calls:
-                return None
-            calls, self._calls = list(self._calls), deque()
-        return calls
+            return not self._closed or bool(self._calls)
+
+    def _answer_calls(self) -> None:
+        """What was asked for of no conversation in particular: many that open at once let others' ticks in between."""
+        began = time.perf_counter()
+        while self._calls and time.perf_counter() - began <= BOUND_MS / 1e3:
+            self._calls.popleft()()
 
     def _busy(self) -> bool:
         return bool(self._transcriber) or any(line._inbox or line._conversation.next_step for line in self._lines)
@@ -220,6 +222,14 @@ class Scheduler:
             if self._transcriber is None:
                 self._transcriber = Transcriber(self.model)
         line._transcribe = wanted
+        self._rest()
+
+    def _rest(self) -> None:
+        """Where nobody wants transcripts any more their row is free."""
+        transcriber = self._transcriber
+        if transcriber is not None and not transcriber and not any(line._transcribe for line in self._lines):
+            transcriber.close()
+            self._transcriber = None
 
     def _round(self) -> None:
         """One batch of ticks that are due, and one step of other work; where there is neither, a piece of a transcript,
@@ -247,6 +257,7 @@ class Scheduler:
             except Exception as error:
                 LOG.exception("a transcript failed")
                 self._transcriber.give_up(f"its transcript failed ({type(error).__name__}: {error})")
+            self._rest()
             self._meter.step("transcribe", time.perf_counter() - began)
         elif ahead:
             self._hear(ahead)
@@ -256,6 +267,8 @@ class Scheduler:
         with self._wake:
             ready = line._inbox and line._conversation.opened and not line._ended
             if not ready or not isinstance(call := line._inbox[0], Call):
+                return None
+            if call.patient and line._conversation.next_step == "read":
                 return None
             line._inbox.popleft()
             return call
@@ -376,6 +389,7 @@ class Scheduler:
         line._conversation.close()
         if self._transcriber is not None:
             self._transcriber.drop(line)
+            self._rest()
         for item in waiting:
             if isinstance(item, Call):
                 item.refuse(line._ended)

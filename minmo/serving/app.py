@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-cache",
 }
+OUR_CODES = {1000, 1001, 1005, 1006, 1008, 1011, 1012, 4000}
+"""With which connections end, unless their clients name another."""
 QUERY = {"model", "duplex", "resume"}
 
 
@@ -113,30 +116,48 @@ class Server:
         try:
             duplex, resume = self._asked(websocket)
             session, token = await self.hall.enter(key, connection, duplex, resume)
-        except (Denied, Refused) as refused:
-            code = refused.code if isinstance(refused, Denied) else "no_room"
-            self.metrics.connections.labels(code).inc()
-            log("refused", code=code)
-            connection.send(error_event(str(refused), code))
-            connection.end(1013 if code == "no_room" else 1008, code)
-            await connection.run(_nothing, lambda: None)
+        except Denied as refused:
+            await self._refuse(connection, str(refused), refused.code, 1008)
+            return
+        except Refused as refused:
+            await self._refuse(connection, str(refused), "no_room", 1013)
+            return
+        except (RuntimeError, ValueError) as error:  # the engine has failed, or a history is not for it
+            await self._refuse(connection, f"no session could begin: {error}", "server_error", 1011)
             return
         self.metrics.connections.labels("accepted" if resume is None else "resumed").inc()
         log("session began", session.id, duplex=duplex, resumed=resume is not None)
         end = 1011, "the server failed"
+        recorder: Recorder | None = None
         try:
             if self.record is not None:
-                session.recorder = Recorder(self.record, session.id, self.scheduler.model.config.vocoder.sample_rate)
+                try:
+                    recorder = Recorder(self.record, session.id, self.scheduler.model.config.vocoder.sample_rate)
+                except OSError as error:  # a full disk: who asked for recordings wants no session without one
+                    log("no recording", session.id, level=logging.ERROR, why=str(error))
+                    await self._refuse(connection, "this server cannot record, as it must", "server_error", 1011)
+                    return
+            session.recorder = recorder
             session.greet(token, resumed=resume is not None)
             end = await connection.run(lambda text: requests.receive(session, text), session.tick)
         finally:
             try:
                 await self.hall.leave(session, token)
             finally:
-                if session.recorder is not None:
-                    session.recorder.close()
-            self.metrics.closed.labels(str(end[0])).inc()
+                if recorder is not None:
+                    recorder.close()
+            # A client may name any code: as a label each would be kept for ever.
+            self.metrics.closed.labels(str(end[0]) if end[0] in OUR_CODES else "client").inc()
             log("session ended", session.id, code=end[0], reason=end[1])
+
+    async def _refuse(self, connection: Connection, why: str, code: str, close: int) -> None:
+        """No session: one error event, and the end."""
+        self.metrics.connections.labels(code).inc()
+        log("refused", code=code)
+        kind = "server_error" if close == 1011 else "invalid_request_error"
+        connection.send(error_event(why, code, kind=kind))
+        connection.end(close, code)
+        await connection.run(_nothing, lambda: None)
 
     def _asked(self, websocket: WebSocket) -> tuple[bool, str | None]:
         """Of the query: whether duplex, and the token of a session to resume. Raises Denied."""

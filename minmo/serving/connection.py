@@ -108,6 +108,7 @@ class Connection:
                 self.send(error_event(f"the message has {len(text)} bytes, and {most} may come", "message_too_large"))
             else:
                 await receive(text)
+            await asyncio.sleep(0)  # who sends without end is served in turn with the others
 
     async def _write(self) -> None:
         while True:

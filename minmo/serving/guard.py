@@ -50,7 +50,7 @@ class Guard:
     def admit(self, connection: HTTPConnection) -> str:
         """Whose request it is: the number of its key. Raises Denied."""
         host, origin = connection.headers.get("host", ""), connection.headers.get("origin")
-        if self._local and host not in self._hosts and not is_local(urlsplit(f"//{host}").hostname or ""):
+        if self._local and host not in self._hosts and not is_local(_name(host)):
             # A name that a stranger's page has pointed at this machine would have the page's own origin.
             raise Denied(403, "wrong_host", f"this server is {host!r:.100} to nobody; use 127.0.0.1 or localhost")
         own = {f"{scheme}://{host}" for scheme in ("http", "https")}
@@ -74,6 +74,14 @@ def is_local(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _name(host: str) -> str:
+    """A Host header without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:  # brackets that hold no address
+        return ""
 
 
 def _key(connection: HTTPConnection) -> str:

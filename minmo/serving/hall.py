@@ -73,16 +73,7 @@ class Hall:
             self.live[session] = key, connection
             if kept is not None:
                 session.items, session.conversation_id = kept.items, kept.conversation_id
-            loop = asyncio.get_running_loop()
-            line: Line = await asyncio.to_thread(
-                self._scheduler.open,
-                lambda events: _tell(loop, session, events),
-                self._drawing,
-                session.turn_taking(session.settings),
-                history=None if kept is None else kept.history,
-                transcribe=session.settings.transcription,
-            )
-            session.begin(line)
+            session.begin(await self._open(session, None if kept is None else kept.history))
         except BaseException:
             self.live.pop(session, None)
             if kept is not None and token is not None:
@@ -93,6 +84,25 @@ class Hall:
         token = secrets.token_urlsafe(24)
         self._tokens[token], self._owners[token] = session, key
         return session, token
+
+    async def _open(self, session: Session, history: History | None) -> Line:
+        """A conversation for a session. Of a session that is cancelled meanwhile it ends as soon as it is there."""
+        loop = asyncio.get_running_loop()
+        opening = asyncio.ensure_future(
+            asyncio.to_thread(
+                self._scheduler.open,
+                lambda events: _tell(loop, session, events),
+                self._drawing,
+                session.turn_taking(session.settings),
+                history=history,
+                transcribe=session.settings.transcription,
+            )
+        )
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_late)
+            raise
 
     async def leave(self, session: Session, token: str | None) -> None:
         """Its client has gone, or it is over: its rows are free, and with a token it may be taken up for a while."""
@@ -160,6 +170,11 @@ class Hall:
                 del self._tokens[token], self._owners[token]
 
         asyncio.get_running_loop().call_later(self._limits.resume_s, forget)
+
+
+def _close_late(opening: asyncio.Future[Line]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 def _tell(loop: asyncio.AbstractEventLoop, session: Session, events: list[Event]) -> None:

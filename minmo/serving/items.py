@@ -93,12 +93,13 @@ class Items:
         return self._items[item_id]
 
     def before(self, item: Item) -> str | None:
+        """The id of the one before it; none before the first, and before one that can be named no more."""
         ids = list(self._items)
-        at = ids.index(item.id)
+        at = ids.index(item.id) if item.id in self._items else 0
         return ids[at - 1] if at else None
 
     def delete(self, item: Item) -> None:
-        del self._items[item.id]
+        self._items.pop(item.id, None)  # of many it may be gone already
 
     @property
     def last_id(self) -> str | None:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Json = dict[str, Any]
+MOST_VALUES = 10_000
+"""Values in one message: a million small ones take seconds to be read, in which nobody is served."""
 
 
 class ProtocolError(Exception):
@@ -57,6 +59,8 @@ DUPLEX_FIELDS: dict[str, tuple[set[str], set[str]]] = {"playback.ack": ({"respon
 
 def decode(text: str) -> Json:
     """One message -> a JSON object, of which nothing else is known. Raises ProtocolError."""
+    if sum(text.count(mark) for mark in ",[{") > MOST_VALUES:
+        raise ProtocolError(f"the message may hold more than {MOST_VALUES} values; send fewer", "message_too_large")
     try:
         event = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -122,7 +126,9 @@ def a_number(value: Any, where: str, low: float, high: float, *, whole: bool = F
         kind = "an integer" if whole else "a number"
         raise ProtocolError(f"{where} must be {kind}, got {_kind(value)}", "invalid_type", where)
     if not low <= value <= high:
-        raise ProtocolError(f"{where} must lie between {low:g} and {high:g}, got {value}", "invalid_value", where)
+        raise ProtocolError(
+            f"{where} must lie between {low:g} and {high:g}, got {str(value):.40}", "invalid_value", where
+        )
     return value
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
 
 from minmo.config import SAMPLE_RATE
 from minmo.serving.protocol import Json
+
+RETRIEVED = "conversation.item.retrieved"
 
 
 class Recorder:
@@ -33,9 +37,16 @@ class Recorder:
         self._assistant.write(sound)
 
     def event(self, event: Json) -> None:
-        kept = {k: v for k, v in event.items() if not (k == "delta" and event["type"] == "response.output_audio.delta")}
-        self._events.write(json.dumps({"time": round(time.time(), 3), **kept}) + "\n")
+        sound = {"delta", "audio"} if event["type"] in ("response.output_audio.delta", RETRIEVED) else set()
+        self._events.write(json.dumps({"time": round(time.time(), 3), **_without(event, sound)}) + "\n")
 
     def close(self) -> None:
         for file in (self._user, self._assistant, self._events):
             file.close()
+
+
+def _without(value: Any, names: set[str]) -> Any:
+    """A JSON value, in which no object has the fields of those names."""
+    if isinstance(value, Mapping):
+        return {k: _without(v, names) for k, v in value.items() if k not in names}
+    return [_without(v, names) for v in value] if isinstance(value, list) else value

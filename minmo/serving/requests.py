@@ -4,10 +4,14 @@ goes on."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
+
+import numpy as np
 
 from minmo.conversation import Conversation
 from minmo.conversation.events import Event
+from minmo.conversation.line import MOST_WAITING_S
 from minmo.conversation.scheduler import Refused
 from minmo.serving import protocol
 from minmo.serving.items import Item
@@ -52,7 +56,16 @@ async def update(session: Session, event: Json) -> None:
 
 async def append(session: Session, event: Json) -> None:
     data = session.decoder.bytes_of(a_string(event["audio"], "audio"))
-    session.hear(session.decoder.decode(data))
+    if not data:
+        return  # no sound is not sound of no length: silence may have to take its place
+    if (seconds := session.decoder.ms(data) / 1e3) > MOST_WAITING_S:
+        raise Refused(f"{seconds:.1f} s of sound came at once, and {MOST_WAITING_S:.0f} s may: send less at a time")
+    step, pieces = session.decoder.rate * session.decoder.width, list[np.ndarray]()
+    for start in range(0, len(data), step):
+        if start:
+            await asyncio.sleep(0)  # a second's worth takes milliseconds, a minute's would keep all others waiting
+        pieces.append(session.decoder.decode(data[start : start + step]))
+    session.hear(np.concatenate(pieces))
     session.microphone.came(session.clock(), session.decoder.ms(data))
     session.input.add_sound(data)
 
@@ -92,9 +105,17 @@ async def create_item(session: Session, event: Json) -> None:
     name = new_id("item") if given.get("id") is None else a_string(given["id"], "item.id")
     if not 0 < len(name) <= 64:
         raise ProtocolError("item.id must have 1 to 64 characters", "invalid_value", "item.id")
+    if name == session.input.id:  # which `speech_started` has told, or will
+        raise ProtocolError(f"there is an item {name!r:.80} already; give another id", "item_id_taken", "item.id")
     session.items.check_free(name)
-    await session.do(lambda conversation: conversation.typed(text), after_sound=True)
-    session.add(Item(name, "user", "input_text", text, "completed"))
+    item, loop = Item(name, "user", "input_text", text, "completed"), asyncio.get_running_loop()
+
+    def write(conversation: Conversation) -> list[Event]:
+        events = conversation.typed(text)
+        loop.call_soon_threadsafe(session.add, item)  # ahead of a turn that the predictor takes on it at once
+        return events
+
+    await session.do(write, after_sound=True)
 
 
 async def retrieve_item(session: Session, event: Json) -> None:
@@ -130,6 +151,10 @@ async def truncate_item(session: Session, event: Json) -> None:
         raise ProtocolError(
             f"audio_end_ms is {ms}, and the item has {item.sound_ms:.0f} ms of sound", "invalid_value", "audio_end_ms"
         )
+    if session.response is not None and session.response.item is item:
+        # Sound is sent at the speed of speech, so who has stopped playing truncates a response that still runs.
+        with contextlib.suppress(RuntimeError):  # it was over meanwhile
+            await session.do(lambda conversation: conversation.stop())
     await played(session, item.reply, ms)
     item.truncate(ms)
     session.send(

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from minmo.serving.hall import Hall
+from minmo.serving.sockets import Http, Socket
 from minmo.serving.telemetry import log, log_to_stderr
 
 HARD_BYTES = 32 << 20
@@ -63,7 +64,8 @@ def config(
         app,
         host,
         port,
-        ws="websockets-sansio",
+        http=Http,
+        ws=Socket,
         ws_max_size=HARD_BYTES,
         ws_ping_interval=PING_S,
         ws_ping_timeout=PING_S,

@@ -7,7 +7,9 @@ all of it runs in the event loop's thread, and the conversation computes elsewhe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 
@@ -38,6 +40,7 @@ from minmo.serving.response import Response, Wishes
 from minmo.serving.settings import SessionSettings
 from minmo.serving.sound import Encoding
 
+LOG = logging.getLogger(__name__)
 ATTENTION_S = 10.0
 """How long silence is heard in place of a client's sound that has ended, unless a reply runs."""
 BEHIND_MS = 400.0
@@ -70,6 +73,7 @@ class Session:
         self._send, self._end, self.clock = send, end, clock
         self._drawing, self._rate = drawing, rate
         self.line: Line | None = None
+        self._over = False
         self.microphone = Microphone()
         self.decoder = Encoding(settings.input_format, SAMPLE_RATE, to_wire=False)
         self.input = self._next_input()
@@ -87,6 +91,8 @@ class Session:
         self._voice_told = False
         self._pause_ends_ms: float | None = None
         """With server_vad: when a pause will have been long enough."""
+        self._paused = False
+        """Whether such a pause has ended the turn, which is about to be taken: sound that comes now is not of it."""
         self._judge: Floor | None = None
         """Decides which turns are over, where they are not answered by themselves."""
         self.updated(settings)
@@ -114,7 +120,8 @@ class Session:
         self.send(told)
 
     def close(self) -> None:
-        """Its rows are free. No event comes after."""
+        """Its rows are free. No event comes after, also of those that were on their way."""
+        self._over = True
         if self.line is not None:
             self.line.close()
             self.line = None
@@ -181,7 +188,8 @@ class Session:
         if self.microphone.ahead_ms(self._at_ms) > BEHIND_MS:
             return  # silence would only make an engine later that is late already
         if due := self.microphone.missing(now):
-            self.line.hear(np.zeros(due * TICK, np.float32))
+            with contextlib.suppress(RuntimeError):  # it has just ended, and what tells so is on its way
+                self.line.hear(np.zeros(due * TICK, np.float32))
 
     def add(self, item: Item) -> None:
         """An item that is whole joins the conversation."""
@@ -205,13 +213,22 @@ class Session:
             if item.reply is None:
                 item.reply = FORGOTTEN
         self.input = self._next_input()
-        self._voice_ms = self._pause_ends_ms = None
+        self._voice_ms, self._pause_ends_ms, self._paused = None, None, False
 
     # From the conversation.
 
     def on_events(self, events: list[Event]) -> None:
-        for event in events:
-            self._told_by[type(event)](self, event)
+        """Where one of them cannot be told the session ends, as half of a reply is none."""
+        try:
+            for event in events:
+                if not self._over:
+                    self._told_by[type(event)](self, event)
+        except Exception as error:
+            LOG.exception("events of %s could not be told", self.id)
+            self._over, self.recorder = True, None
+            why = f"the session failed ({type(error).__name__}); connect again"
+            self.send(error_event(why, "server_error", kind="server_error"))
+            self._end(1011, "the session failed")
 
     def _decision(self, event: Decision) -> None:
         self._phase, self._at_ms = event.phase, event.at_ms
@@ -231,10 +248,12 @@ class Session:
             self._turn_over(event.at_ms)
             detection = self.settings.turn_detection
             if detection is not None and detection.create_response:
+                self._paused = True
                 self._without_waiting(lambda conversation: conversation.take_turn())
 
     def _speech_started(self, event: SpeechStarted) -> None:
         self._voice_ms, self._voice_told, self._pause_ends_ms = event.audio_start_ms, False, None
+        self._paused = False
         detection = self.settings.turn_detection
         if detection is None:
             return
@@ -272,7 +291,9 @@ class Session:
             self.commit()
 
     def _turn_taken(self, event: TurnTaken) -> None:
-        self._turn_over(event.voice_ended_ms)
+        if not self._paused:
+            self._turn_over(event.voice_ended_ms)
+        self._paused = False
         wishes, self.wishes = self.wishes or Wishes.of(None, self.settings), None
         self.stopping = "client_cancelled"
         response = Response(event.reply, wishes, self.conversation_id, self._rate, self.send)
@@ -295,6 +316,8 @@ class Session:
             self.send({"type": f"{kind}.failed", **told, "error": error})
             return
         item.text = event.text
+        if event.text:
+            self.send({"type": f"{kind}.delta", **told, "delta": event.text})
         usage = {"type": "duration", "seconds": round(item.sound_ms / 1e3, 3)}
         self.send({"type": f"{kind}.completed", **told, "transcript": event.text, "usage": usage})
 

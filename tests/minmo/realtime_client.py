@@ -41,6 +41,21 @@ REPLY = [
 """A spoken reply, runs of deltas taken as one."""
 
 
+EXTRAS = {"RealtimeSessionCreateRequest.id", "RealtimeSessionCreateRequest.object"}
+"""What OpenAI's server sends, too, and the SDK's types leave out."""
+
+
+def extras(value):
+    """Fields that the SDK's types do not know, as Type.field, anywhere in an event."""
+    if isinstance(value, pydantic.BaseModel):
+        yield from (f"{type(value).__name__}.{name}" for name in value.model_extra or {})
+        for name in type(value).model_fields:
+            yield from extras(getattr(value, name))
+    elif isinstance(value, list):
+        for one in value:
+            yield from extras(one)
+
+
 def pcm(sound):
     return base64.b64encode((np.clip(sound, -1, 1) * 32767).astype("<i2").tobytes()).decode()
 
@@ -62,7 +77,8 @@ class Client:
     def read(self, timeout=60):
         event = json.loads(self.socket.recv(timeout))
         if event["type"] not in OURS:
-            SERVER_EVENT.validate_python(event)
+            unknown = set(extras(SERVER_EVENT.validate_python(event)))
+            assert unknown <= EXTRAS, (unknown, event)
         self.events.append(event)
         return event
 

@@ -26,7 +26,7 @@ def test_requests_keep_their_order_and_clearing_what_was_asked_for():
     scheduler = object.__new__(Scheduler)
     scheduler._wake, scheduler._calls, ran = threading.Condition(threading.RLock()), [], []
     scheduler._act = lambda line, action: ran.append(action)
-    conversation = SimpleNamespace(opened=False)
+    conversation = SimpleNamespace(opened=False, next_step=None)
     line = Line(scheduler, conversation, print, False)
     line.hear(sound(1))
     line.do("first")
@@ -215,3 +215,50 @@ def test_a_history_of_texts_is_as_if_typed(engine, scheduler):
     assert taken.reply == 1
     with pytest.raises(ValueError, match="empty"):
         scheduler.open(print, TEXT, history=[("", "five")])
+
+
+def test_the_row_of_transcripts_comes_back(engine, scheduler):
+    """Once nobody wants them any more, by asking for none or by going."""
+    first, second = (Client(scheduler, TEXT, transcribe=True) for _ in range(2))
+    assert len(engine._seated) == 5
+    first.line.transcribe(False).result(WAIT_S)
+    assert len(engine._seated) == 5
+    second.line.close()
+    first.settle()
+    assert len(engine._seated) == 2
+    first.line.transcribe(True).result(WAIT_S)
+    assert len(engine._seated) == 3
+    first.line.transcribe(False).result(WAIT_S)
+    assert len(engine._seated) == 2
+
+
+def test_many_that_open_at_once_let_others_be_heard(scheduler, monkeypatch):
+    """What opens is as bounded as any other work between two batches."""
+    talking, order = Client(scheduler, TEXT), []
+    talking.settle()
+    monkeypatch.setattr(scheduler, "_begin", lambda *_: time.sleep(0.05) or order.append("open"))
+    monkeypatch.setattr(scheduler, "_hear", lambda lines, hear=scheduler._hear: (order.append("tick"), hear(lines)))
+    held = threading.Event()
+    blocking = talking.line._ask(lambda: held.wait(WAIT_S))
+    opening = [threading.Thread(target=scheduler.open, args=(print,)) for _ in range(4)]
+    for thread in opening:
+        thread.start()
+    while len(scheduler._calls) < 4:
+        time.sleep(0.01)
+    talking.line.hear(sound(1))
+    held.set()
+    blocking.result(WAIT_S)
+    for thread in opening:
+        thread.join(WAIT_S)
+    assert order.index("tick") <= 1 and order.count("open") == 4
+
+
+def test_a_turn_waits_for_context_piece_by_piece(scheduler, monkeypatch):
+    """What is to be read anew is read in steps, between which others are served, and not at once by who asks."""
+    client = Client(scheduler, TEXT, BY_REQUEST, history=[("two plus three", "five")])
+    client.line.do(lambda c: c.typed("seven"), after_sound=True).result(WAIT_S)
+    at_once = []
+    monkeypatch.setattr(Conversation, "_finish_reading", lambda c: at_once.append(c.next_step))
+    client.line.do(lambda c: c._branches.reread() or []).result(WAIT_S)
+    client.line.do(Conversation.take_turn, after_sound=True).result(WAIT_S)
+    assert at_once == [None]
