@@ -18,18 +18,14 @@ from rich.table import Table
 import minmo
 from minmo import console
 from minmo import doctor as doctor_report
-from minmo.clock import percentile
 from minmo.config import load_config
 from minmo.console import err
 from minmo.conversation import verbs
-from minmo.conversation.client import simulate
-from minmo.conversation.conversation import Conversation
-from minmo.conversation.events import Event, Interrupted, ReplyDone, TextDelta
+from minmo.conversation.command import with_a_file, with_the_microphone
 from minmo.conversation.front import FRONTS
 from minmo.conversation.session import Piece
-from minmo.conversation.soundcard import converse
 from minmo.conversation.timings import RESAMPLER
-from minmo.conversation.turn_taking import EAGERNESS, TurnTaking
+from minmo.conversation.turn_taking import EAGERNESS
 from minmo.conversation.turn_taking import eagerness as turn_taking_of
 from minmo.evaluation.command import evaluate
 from minmo.fast import profile as measuring
@@ -54,8 +50,6 @@ app.command()(evaluate)
 app.command()(serve)
 app.command()(loadtest)
 out = Console()
-TOLD = ("SpeechStarted", "SpeechStopped", "TurnTaken", "ReplyDone", "Interrupted")
-"""Events of a conversation that are printed."""
 
 Sound = Annotated[str, typer.Argument(help="A sound file: 1 to 768 kHz, any number of channels.")]
 SoundOrText = Annotated[str, typer.Argument(help="A sound file, or words.")]
@@ -126,15 +120,23 @@ def talk(
         raise ValueError(f"--front must be one of {', '.join(FRONTS)}, got {front!r}")
     if (duplex or mic) and (realtime or repeat > 1 or instruction is not None):
         raise ValueError("--duplex and --mic hold one conversation: leave --realtime, --repeat, --instruction")
+
+    def load() -> minmo.MinMo:
+        return _load(preset, device, dtype)
+
     if mic:
         if sound is not None or output is not None or duplex or fast:
             raise ValueError("--mic talks with you, and records nothing: leave the file, -o, --duplex, --fast")
-        _listen(preset, settings, turn_taking_of(eagerness), front, device, dtype)
+        with_the_microphone(load, settings, turn_taking_of(eagerness), front)
         return
     if sound is None:
         raise ValueError("talk needs a sound file, or --mic")
     if duplex:
-        _converse(sound, output, preset, settings, turn_taking_of(eagerness), fast, front, device, dtype)
+        if output is None:
+            raise ValueError("--duplex writes both sides into a file: give -o OUT.wav")
+        heard = np.asarray(_input(sound, words=False))
+        file = _check_target(sound, output)
+        with_a_file(load, heard, file, settings, turn_taking_of(eagerness), front, realtime=not fast)
         return
     if front != "none":
         raise ValueError("--front is of --duplex and --mic")
@@ -413,56 +415,6 @@ def _run(
         print()
         timings.merge(reply.timings)
     _finish(model, reply, output, timings)
-
-
-def _converse(
-    sound: str,
-    output: Path | None,
-    preset: str,
-    settings: minmo.Settings,
-    turn_taking: TurnTaking,
-    fast: bool,
-    front: str,
-    device: str | None,
-    dtype: str,
-) -> None:
-    """A conversation with a file, written as stereo sound (left the user, right the assistant) and a log."""
-    if output is None:
-        raise ValueError("--duplex writes both sides into a file: give -o OUT.wav")
-    heard = _input(sound, words=False)
-    log = _check_target(sound, output).with_suffix(".jsonl")
-    model = _load(preset, device, dtype)
-    conversation = Conversation(model, settings, turn_taking)
-    found = simulate(conversation, np.asarray(heard), realtime=not fast, front=FRONTS[front]())
-    minmo.save_audio(output, found.stereo(), found.rate)
-    log.write_text(found.json_lines(), encoding="utf-8")
-    for entry in found.log:
-        if entry["event"] in TOLD:
-            told = ", ".join(f"{k} {v!r}" for k, v in entry.items() if k not in ("event", "at_ms") and v is not None)
-            out.print(f"{entry['at_ms'] / 1e3:7.2f} s  {entry['event']}: {told}", highlight=False, markup=False)
-    p50, p95 = (percentile(found.tick_ms, p) for p in (50, 95))
-    out.print(
-        f"tick of 80 ms: p50 {p50:.1f} ms, p95 {p95:.1f} ms, longest {max(found.tick_ms):.1f} ms", highlight=False
-    )
-    out.print(f"written: {output}, {log}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _listen(
-    preset: str, settings: minmo.Settings, turn_taking: TurnTaking, front: str, device: str | None, dtype: str
-) -> None:
-    """A conversation with whoever sits at this machine."""
-    heard = FRONTS[front]()  # before the model is loaded: what it needs may be missing
-    conversation = Conversation(_load(preset, device, dtype), settings, turn_taking)
-
-    def show(events: list[Event]) -> None:
-        for event in events:
-            if isinstance(event, TextDelta):
-                print(event.text, end="", flush=True)
-            elif isinstance(event, (ReplyDone, Interrupted)):
-                print(" [interrupted]" if isinstance(event, Interrupted) else "", flush=True)
-
-    out.print("listening; Ctrl-C ends it", highlight=False)
-    converse(conversation, show, front=heard)
 
 
 def _check_target(turn: str, output: Path) -> Path:

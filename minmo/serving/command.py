@@ -54,7 +54,7 @@ def serve(
     try:
         from minmo.serving.app import Server
         from minmo.serving.guard import Guard, Limits, is_local
-        from minmo.serving.run import config, run
+        from minmo.serving.run import check_pair, config, run
     except ImportError as error:
         raise ValueError(f"serving needs more packages ({error.name} is missing): pip install 'minmo[serve]'") from None
     from minmo.conversation.budget import Budget
@@ -69,6 +69,8 @@ def serve(
     for file in (tls_cert, tls_key):
         if file is not None and not file.is_file():
             raise ValueError(f"{file} is not a file; give one in PEM format")
+    if tls_cert is not None and tls_key is not None:
+        check_pair(tls_cert, tls_key)
     if not local and tls_cert is None:
         err.print(
             "minmo: without --tls-cert and --tls-key browsers refuse the microphone to pages that do not come from "

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
+import ssl
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -55,6 +56,22 @@ class Draining(uvicorn.Server):
             await self._hall.drain(self._seconds)
         finally:
             self.should_exit = True
+
+
+def check_pair(certificate: Path, key: Path) -> None:
+    """Raises ValueError where no TLS comes of them, before a model is loaded."""
+
+    def password() -> str:
+        raise ValueError(f"{key} is encrypted, and nobody is here to be asked; openssl pkey -in IN -out OUT mends it")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password)
+    except (ssl.SSLError, OSError) as error:
+        why = getattr(error, "reason", None) or error.strerror or type(error).__name__
+        raise ValueError(
+            f"{certificate} and {key} are no certificate chain and its private key in PEM ({why}); give files that "
+            "belong together"
+        ) from None
 
 
 def config(

@@ -247,13 +247,14 @@ class Running:
     server: object
     scheduler: object
     uvicorn: object
+    tls: bool = False
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.port}"
+        return f"http{'s' * self.tls}://127.0.0.1:{self.port}"
 
     def ws(self, query=""):
-        return f"ws://127.0.0.1:{self.port}/v1/realtime{query}"
+        return f"ws{'s' * self.tls}://127.0.0.1:{self.port}/v1/realtime{query}"
 
 
 @pytest.fixture
@@ -263,16 +264,16 @@ def scripted():
 
 @pytest.fixture
 def serve():
-    """serve(scheduler, **settings of Server) -> Running; ended after the test."""
+    """serve(scheduler, tls=(certificate, key), **settings of Server) -> Running; ended after the test."""
     running = []
 
-    def start(scheduler, **settings):
+    def start(scheduler, tls=(), **settings):
         pytest.importorskip("starlette", reason="the server needs pip install 'minmo[serve]'")
         from minmo.serving.app import Server
         from minmo.serving.run import Draining, config
 
         server = Server(scheduler, "nano", **settings)
-        runner = Draining(config(server.app(), "127.0.0.1", 0), server.hall, 0.0)
+        runner = Draining(config(server.app(), "127.0.0.1", 0, *tls), server.hall, 0.0)
         thread = threading.Thread(target=runner.run, daemon=True)
         thread.start()
         for _ in range(6000):
@@ -281,7 +282,7 @@ def serve():
             thread.join(0.01)
         assert runner.started
         port = runner.servers[0].sockets[0].getsockname()[1]
-        running.append((Running(port, server, scheduler, runner), thread))
+        running.append((Running(port, server, scheduler, runner, bool(tls)), thread))
         return running[-1][0]
 
     yield start

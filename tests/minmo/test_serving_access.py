@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import socket
+import ssl
+import subprocess
 import time
+import urllib.request
 
 import pytest
 
 pytest.importorskip("starlette", reason="the server needs pip install 'minmo[serve]'")
 
-from realtime_client import SILENCE, Client, get  # noqa: E402
-from websockets.exceptions import ConnectionClosed, InvalidStatus  # noqa: E402
+from realtime_client import SILENCE, VOICE, Client, get, until_true  # noqa: E402
+from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus  # noqa: E402
+from websockets.sync.client import connect  # noqa: E402
 
 from minmo.serving import command  # noqa: E402
 from minmo.serving.guard import Guard, Limits  # noqa: E402
@@ -97,3 +101,58 @@ def test_limits(serve, scripted, client):
             other.say(SILENCE[:960])
             time.sleep(0.04)
     assert c.error()["code"] == "session_expired"
+
+
+@pytest.fixture(scope="module")
+def certified(tmp_path_factory):
+    """certified(name) -> a self-signed certificate of 127.0.0.1, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def make(name):
+        certificate, key = folder / f"{name}.pem", folder / f"{name}.key"
+        subject = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        try:
+            subprocess.run([*command, *subject, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+        except FileNotFoundError:
+            pytest.skip("there is no openssl here to make a certificate")
+        return certificate, key
+
+    return make
+
+
+def test_tls(serve, scripted, client, certified):
+    """By a handshake: who trusts the certificate talks, nobody else does, and nobody in the clear."""
+    certificate, key = certified("ours")
+    running = serve(scripted(reply_s=0.8), tls=(certificate, key))
+    trusting = ssl.create_default_context(cafile=certificate)
+    c = client(running, ssl=trusting, origin=running.url)
+    c.say(VOICE, SILENCE, SILENCE)
+    assert c.until("response.done")[-1]["response"]["status"] == "completed"
+    with urllib.request.urlopen(f"{running.url}/health", context=trusting, timeout=60) as answer:
+        assert answer.status == 200
+    with pytest.raises(ssl.SSLCertVerificationError):
+        client(running)
+    with pytest.raises((OSError, InvalidMessage)):
+        connect(running.ws().replace("wss:", "ws:"))
+    c.socket.close()
+    until_true(lambda: not running.scheduler.lines)
+
+
+def test_certificates_that_are_none(certified, tmp_path, monkeypatch):
+    """One sentence, before a model is loaded."""
+    monkeypatch.setattr(command.FastMinMo, "from_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
+    (certificate, key), (_, other) = certified("ours"), certified("another")
+    locked, words = tmp_path / "locked.key", tmp_path / "words"
+    words.write_text("no certificate\n")
+    subprocess.run(["openssl", "pkey", "-aes256", "-passout", "pass:secret", "-in", key, "-out", locked], check=True)
+    for cert, private, word in (
+        (certificate, other, "belong together"),
+        (key, certificate, "belong together"),
+        (words, key, "belong together"),
+        (certificate, words, "belong together"),
+        (certificate, locked, "encrypted"),
+    ):
+        with pytest.raises(ValueError, match=word) as told:
+            command.serve(tls_cert=cert, tls_key=private)
+        assert "\n" not in str(told.value)

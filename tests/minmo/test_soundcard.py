@@ -10,7 +10,7 @@ import pytest
 
 from minmo import cli
 from minmo.config import TICK
-from minmo.conversation import soundcard
+from minmo.conversation import command, soundcard
 from minmo.conversation.events import Interrupted, Sound, TurnTaken
 from minmo.conversation.soundcard import converse
 
@@ -171,8 +171,8 @@ def test_the_command_talks(card, monkeypatch, capsys):
 
     plan = {2: [TurnTaken(160.0, 0, 160.0), TextDelta(160.0, 0, "one")], 3: [ReplyDone(240.0, 0, "one")]}
     monkeypatch.setattr(cli, "_load", lambda *_: SimpleNamespace())
-    monkeypatch.setattr(cli, "Conversation", lambda *_: Heard(plan))
+    monkeypatch.setattr(command, "Conversation", lambda *_: Heard(plan))
     talk = soundcard.converse
-    monkeypatch.setattr(cli, "converse", lambda c, show, front: talk(c, show, front=front, seconds=0.4))
+    monkeypatch.setattr(command, "converse", lambda c, show, front: talk(c, show, front=front, seconds=0.4))
     cli.app(["talk", "--mic"], standalone_mode=False)
     assert "one\n" in capsys.readouterr().out
