@@ -41,8 +41,12 @@ REPLY = [
 """A spoken reply, runs of deltas taken as one."""
 
 
-EXTRAS = {"RealtimeSessionCreateRequest.id", "RealtimeSessionCreateRequest.object"}
-"""What OpenAI's server sends, too, and the SDK's types leave out."""
+EXTRAS = {
+    "RealtimeSessionCreateRequest.id",
+    "RealtimeSessionCreateRequest.object",
+    "SessionCreatedEvent.resume_token",
+}
+"""Two that OpenAI's server sends, too, though the SDK's types leave them out; and ours, of `?duplex=1`."""
 
 
 def extras(value):
