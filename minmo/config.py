@@ -24,7 +24,15 @@ TICK = 1280
 """Samples of it in one tick of 80 ms: 8 mel frames, 2 encoder frames, 1 LLM position."""
 
 # What a field of a config.json may hold.
-_MAY_BE_ZERO = ("vocab", "end_of_speech", "fill", "start_marker", "turn_of_speech_marker", "fast_holdback")
+_MAY_BE_ZERO = (
+    "vocab",
+    "end_of_speech",
+    "fill",
+    "start_marker",
+    "turn_of_speech_marker",
+    "fast_holdback",
+    "remembered",
+)
 _LAYERS = ("blocks", "layers", "up_blocks", "estimator_mid_blocks", "estimator_transformers", "steps", "harmonics")
 _MOST_LAYERS, _MOST = 256, 1 << 18
 
@@ -208,6 +216,9 @@ class MinMoConfig:
     speech_tokenizer: SpeechTokenizerConfig
     flow: FlowConfig
     vocoder: VocoderConfig
+    remembered: int = 1 << 18
+    """Exchanges of a conversation that precede a turn in the LLM's context, where there is room for them. 0 for a model
+    that was trained on single turns: each stands alone."""
 
     def __post_init__(self) -> None:
         codes = math.prod(self.speech_tokenizer.levels)

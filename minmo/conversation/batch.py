@@ -54,8 +54,8 @@ def tick(conversations: Sequence[Conversation], sounds: Sequence[np.ndarray]) ->
     with timings.measure(T.LISTEN, model.device):
         hidden, _, _ = model.llm.step(positions, counts, state.llm, listening)
         decisions = steps.decide(model, state.duplex, rows, hidden, counts)[:, 0].tolist()
-    loudness = mel[:, :FRAMES].float().mean(dim=(1, 2)).tolist()
-    return _each(conversations, lambda n, c: c._ticked(positions[n], hidden[n], decisions[n], loudness[n]))
+    bands = mel[:, :FRAMES].float().mean(dim=1).cpu().numpy()
+    return _each(conversations, lambda n, c: c._ticked(sounds[n], positions[n], hidden[n], decisions[n], bands[n]))
 
 
 @torch.inference_mode()

@@ -97,15 +97,16 @@ class Branches:
         self._predict_anew()
 
     def trim(self, keep: int) -> None:
-        """Forgets all but the last `keep` positions of the open turn, of which there are more than none, and reads
-        those again."""
-        opened = len(self.history.open)
-        if opened <= keep:
-            return
+        """Forgets all but the last `keep` positions of the open turn, and reads those again; keep: 1 or more."""
+        if len(self.history.open) > keep:
+            self.replace(torch.cat(self.history.open[-keep:]))
+
+    def replace(self, positions: Tensor) -> None:
+        """The open turn consists of these positions (n, dim) and of no others, and they are read; n: 1 or more."""
         llm = self.state.llm
-        truncate(llm, self.listening, int(llm.lengths[self.listening]) - opened)
-        self.history.open = self.history.open[-keep:]
-        self.hidden = list(self._read(self.listening, torch.cat(self.history.open)).split(1))
+        truncate(llm, self.listening, int(llm.lengths[self.listening]) - len(self.history.open))
+        self.history.open = list(positions.split(1))
+        self.hidden = list(self._read(self.listening, positions).split(1))
         self._predict_anew()
 
     def part(self, number: int) -> tuple[Exchange, int, Tensor]:
@@ -120,14 +121,19 @@ class Branches:
         return self.history.close(number), begins, hidden[ending - 1][None]
 
     def rejoin(self, positions: int) -> None:
-        """The reply is over, and the first `positions` of its row were heard: it is to become the listening row."""
+        """The reply is over, and the first `positions` of its row were heard: it is to become the listening row, where
+        its exchange is remembered."""
+        if len(self.history.exchanges) > self.model.config.remembered:
+            self.reread()
+            return
         truncate(self.state.llm, self.spare, positions)
         self.reading = Reading(self._embed(self._between))
 
     @torch.inference_mode()
     def reread(self, room: int | None = None) -> None:
         """All that is remembered is to be read anew, of which at most `room` positions precede the open turn."""
-        self.history.forget(self._tokenizer, self.room if room is None else room)
+        most = self.model.config.remembered
+        self.history.forget(self._tokenizer, self.room if room is None else room, most)
         truncate(self.state.llm, self.spare, 0)
         self.reading = Reading(self.history.embeddings(self.model, self._tokenizer))
 

@@ -9,6 +9,7 @@ in `playback`. Several conversations on one engine share their steps: those are 
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +48,10 @@ LONGEST_SILENCE, KEPT_SILENCE = 100, 13
 """Positions of an open turn without a voice, until all but the last second is forgotten."""
 BEFORE_VOICE = 4
 """Positions that stay in front of the first voice of a turn: 300 ms."""
+KEPT_SOUND = 40
+"""Ticks of sound that can be heard again, where a turn begins."""
+JUST_BEGUN = SAMPLE_RATE
+"""Samples since a voice began, up to which it goes on into the turn after a reply."""
 AHEAD_MS = 200.0
 """Sound that is sent ahead of what can have been played."""
 ENOUGH_MS = 600.0
@@ -119,7 +124,9 @@ class Conversation:
         self._floor, self._onset = Floor(turn_taking), Onset()
         self._playback = Playback(round(ahead_ms * self.rate / 1e3))
         self._samples = self._drawn = 0
-        self._voiced = False
+        self._sounds: deque[np.ndarray] = deque(maxlen=KEPT_SOUND)
+        self._begins = True
+        """Whether the open turn still has in front what was heard before its first voice."""
         self._answer: _Answer | None = None
         self._interrupted: _Answer | None = None
         """The newest reply, where it was cut."""
@@ -156,7 +163,7 @@ class Conversation:
     @property
     def voiced(self) -> bool:
         """Whether a voice was noticed in the open turn, or some of it was typed."""
-        return self._voiced
+        return self._onset.turn is not None or self.history.typed
 
     @property
     def opened(self) -> bool:
@@ -239,23 +246,22 @@ class Conversation:
         """The user types: the text goes on with the open turn, which `take_turn` answers. Sound without a voice that
         the turn began with is forgotten. Raises ValueError for a text that is empty, too long or cannot be read."""
         ids = steps.readable(self.tokenizer, text)
-        opened = len(self.history.open) if self._voiced else 0
+        opened = len(self.history.open) if self.voiced else 0
         if opened + len(ids) >= self._longest:
             raise ValueError(
                 f"the turn would take {opened + len(ids)} positions, and {self._longest} are too many: say less at once"
             )
-        if not self._voiced:
+        if not self.voiced:
             self.clear()
         self._finish_opening()
         self._branches.type(ids)
-        self._voiced = True
         return []
 
     @torch.inference_mode()
     def clear(self) -> list[Event]:
         """Forgets the open turn: what was said or typed since the last one was taken."""
         self._branches.clear()
-        self._voiced = self._onset.voice
+        self._new_turn()
         return []
 
     @torch.inference_mode()
@@ -286,8 +292,7 @@ class Conversation:
             return []
         events = self._send(self._playback.rest(self._now))
         if answer.told:
-            self._floor.give_way()
-            self._end(answer, len(answer.ids))
+            self._finished(answer)
         return events
 
     @torch.inference_mode()
@@ -317,14 +322,17 @@ class Conversation:
 
     # The clock.
 
-    def _ticked(self, position: Tensor, hidden: Tensor, decision: list[float], loudness: float) -> list[Event]:
-        """position, hidden (1, dim): the tick's, which the listening row has read."""
+    def _ticked(
+        self, samples: np.ndarray, position: Tensor, hidden: Tensor, decision: list[float], bands: np.ndarray
+    ) -> list[Event]:
+        """position, hidden (1, dim): the tick's, which the listening row has read; bands (n_mels,): its log-mel."""
         answer, stop = decision
         self._samples += TICK
+        self._sounds.append(samples)
         self._branches.hear(position, hidden)
         if answer != answer or stop != stop:
             return self._fail(steps.PREDICTOR_FAULT)
-        events = self._heard_voice(loudness)
+        events = self._heard_voice(bands)
         changed = self._floor.hear(answer, stop)
         events.append(Decision(self.now_ms, answer, stop, self.phase))
         if changed and self.phase is Phase.TAKING:
@@ -334,13 +342,12 @@ class Conversation:
         else:
             events += self._send(self._playback.send(self._now))
             if (reply := self._answer) is not None and reply.told and self._playback.over(self._now):
-                self._floor.give_way()
-                self._end(reply, len(reply.ids))
+                self._finished(reply)
         # A turn that is taken by request may be spoken too softly to be noticed.
-        patient = self._voiced or self.turn_taking.answer is None
+        patient = self.voiced or self.turn_taking.answer is None
         longest = self._longest if patient else min(LONGEST_SILENCE, self._longest)
         if len(self.history.open) >= longest and self._branches.reading is None:
-            self._trim(self._longest // 2 if self._voiced else KEPT_SILENCE)
+            self._trim(self._longest // 2 if self.voiced else KEPT_SILENCE)
         return events
 
     def _make_room(self) -> None:
@@ -350,16 +357,38 @@ class Conversation:
             self._finish_reading()
             self._trim(self._longest // 2)
 
-    def _heard_voice(self, loudness: float) -> list[Event]:
-        """Stamps the begin and the end of a voice; a turn's first one drops the silence before it."""
-        if not self._onset.hear(loudness):
-            return []
-        if not self._onset.voice:
-            return [SpeechStopped(self.now_ms, _ms(self._onset.ended))]
-        if not self._voiced and self._branches.reading is None:
-            self._trim((self._samples - (self._onset.began or 0)) // TICK + BEFORE_VOICE)
-        self._voiced = True
-        return [SpeechStarted(self.now_ms, _ms(self._onset.began))]
+    def _heard_voice(self, bands: np.ndarray) -> list[Event]:
+        """Stamps the begin and the end of a voice. A turn begins with its first one, once no reply is running; a voice
+        that ends while one is running let it go on, and belongs to no turn."""
+        events, onset = list[Event](), self._onset
+        if onset.hear(bands):
+            began = SpeechStarted(self.now_ms, _ms(onset.began))
+            events.append(began if onset.voice else SpeechStopped(self.now_ms, _ms(onset.ended)))
+            if not onset.voice and self._answer is not None:
+                self._new_turn()
+        free = self._answer is None and self._branches.reading is None and not self.history.typed
+        if self._begins and free and onset.turn is not None:
+            self._begin_turn((self._samples - onset.turn) // TICK + BEFORE_VOICE)
+        return events
+
+    def _new_turn(self) -> None:
+        self._onset.new_turn()
+        self._begins = True
+
+    def _begin_turn(self, keep: int) -> None:
+        """The open turn consists of its last positions, as if nothing had been heard before: what the encoder remembers
+        of earlier turns is no part of a turn that the LLM was trained on."""
+        self._begins = False
+        keep = min(keep, len(self.history.open), max(1, self._longest // 2))
+        if keep > len(self._sounds):
+            self._trim(keep)
+            return
+        hearing, rows = self._state.hearing, self._seats.rows[:1]
+        hearing.reset(rows)
+        audio = torch.from_numpy(np.concatenate(list(self._sounds)[-keep:]))[None].to(self.model.device)
+        flows = torch.zeros(1, dtype=torch.bool, device=audio.device)
+        positions, _, _ = steps.hear(self.model, hearing, rows, audio, full_lengths(audio), flows, self.timings)
+        self._branches.replace(positions[0].clone())
 
     def _trim(self, keep: int) -> None:
         """Forgets all but the last positions of the open turn, of which no more than half a longest turn stays."""
@@ -390,8 +419,8 @@ class Conversation:
         )
         self._interrupted = None
         self._replies += 1
-        ended = _ms(self._onset.last) if self._voiced and not exchange.typed else self.now_ms
-        self._voiced = self._onset.voice
+        ended = _ms(self._onset.last) if self._onset.turn is not None and not exchange.typed else self.now_ms
+        self._new_turn()
         return [TurnTaken(self.now_ms, self._answer.number, ended)]
 
     def _cut(self, by_user: bool) -> list[Event]:
@@ -417,6 +446,13 @@ class Conversation:
             return len(answer.ids)
         heard = 1e3 * self._playback.heard / self.rate
         return heard_tokens(len(answer.ids), heard, answer.total_ms, self.history.ms_per_token)
+
+    def _finished(self, answer: _Answer) -> None:
+        """The reply was heard to its end. A voice that has been there for long was its echo, or let it go on."""
+        self._floor.give_way()
+        self._end(answer, len(answer.ids))
+        if self._onset.turn is not None and self._samples - self._onset.turn > JUST_BEGUN:
+            self._new_turn()
 
     def _end(self, answer: _Answer, tokens: int) -> None:
         """The reply is over; so many of its tokens were heard, and go into the context."""
@@ -451,8 +487,7 @@ class Conversation:
         events: list[Event] = [TextDelta(self.now_ms, answer.number, text)] if text else []
         if ended and not answer.settings.speak:
             events.append(self._tell(answer))
-            self._floor.give_way()
-            self._end(answer, len(answer.ids))
+            self._finished(answer)
         return events
 
     def _spoke(self, answer: _Answer, mel: Tensor, finished: bool) -> list[Event]:

@@ -92,8 +92,10 @@ class History:
         sound = torch.cat([exchange.user for exchange in self.exchanges])
         return torch.where((places >= 0)[:, None], sound[places.clamp(min=0)].to(x.dtype), x)
 
-    def forget(self, tokenizer: TextTokenizer, room: int) -> None:
-        """Drops the oldest exchanges until what precedes the open turn takes at most `room` positions."""
+    def forget(self, tokenizer: TextTokenizer, room: int, most: int) -> None:
+        """Drops the oldest exchanges until `most` are left, and what precedes the open turn takes at most `room`
+        positions."""
+        del self.exchanges[: max(0, len(self.exchanges) - most)]
         size, around = len(self.layout(tokenizer)[0]), sum(map(len, tokenizer.turn(CHAT, first=False)))
         while self.exchanges and size > room:
             size -= around + len(self.exchanges[0].user) + len(self.exchanges[0].reply)

@@ -1,19 +1,22 @@
 """When the user's voice begins and ends, by loudness alone: it stamps events and trims silence, and decides no turn.
 
-Loudness is a tick's mean log-mel energy, and the floor adapts to the room: it falls with a quieter tick at once and
-rises slowly. A voice is there once 2 of 3 ticks lie above the floor by a margin.
+Loudness is how far a tick's loudest mel bands lie above the floor of each, which adapts to the room: it falls with a
+quieter tick at once and rises slowly. A voice is there once 2 of 3 ticks are loud. Band by band a voice stands out from
+noise that is a tenth of its power; the sum over all bands does not show it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import numpy as np
 
 from minmo.config import TICK
 
+LOUDEST = 8
+"""One in so many bands is looked at, the loudest ones above their floors."""
 MARGIN = 0.2
-"""Above the floor, in units of the front end's log-mel: 8 dB."""
+"""By which they lie above their floors in a loud tick, on average, in units of the front end's log-mel: 8 dB."""
 RISE = 0.004
-"""By which the floor rises a tick: 2 dB a second."""
+"""By which a floor rises a tick: 2 dB a second."""
 RECENT, LOUD = 3, 2
 """Ticks that are looked at, and how many of them must be loud."""
 QUIET = 8
@@ -22,15 +25,17 @@ QUIET = 8
 
 class Onset:
     """The user's voice in one stream of ticks. began, ended: samples of 16 kHz where the last voice did, None before
-    there was any."""
+    there was any; turn: where the first voice since `new_turn` began, which may have been going on then."""
 
     def __init__(self) -> None:
         self.voice = False
         self.began: int | None = None
         self.ended: int | None = None
-        self._floor: float | None = None
-        self._recent: deque[bool] = deque(maxlen=RECENT)
-        self._ticks = 0
+        self.turn: int | None = None
+        self._floor: np.ndarray | None = None
+        self._recent: list[int] = []
+        """Which of the last ticks were loud, by their numbers."""
+        self._ticks = self._turns_ticks = 0
         self._last_loud = 0
 
     @property
@@ -38,17 +43,26 @@ class Onset:
         """Samples of 16 kHz where the last loud tick ended."""
         return self._last_loud * TICK
 
-    def hear(self, loudness: float) -> bool:
-        """Takes one tick's mean log-mel -> whether a voice began or ended with it, as `voice` says."""
-        self._floor = loudness if self._floor is None else min(loudness, self._floor + RISE)
-        loud = loudness > self._floor + MARGIN
-        self._recent.append(loud)
+    def new_turn(self) -> None:
+        """Another turn begins with the next tick."""
+        self.turn, self._turns_ticks = None, self._ticks
+
+    def hear(self, bands: np.ndarray) -> bool:
+        """Takes one tick's mean log-mel, (n_mels,) -> whether a voice began or ended with it, as `voice` says."""
+        self._floor = bands if self._floor is None else np.minimum(bands, self._floor + RISE)
+        above = np.sort(bands - self._floor)[-max(1, len(bands) // LOUDEST) :]
+        loud = float(above.mean()) > MARGIN
+        self._recent = [tick for tick in self._recent if tick > self._ticks - RECENT]
+        if loud:
+            self._recent.append(self._ticks)
         self._ticks += 1
         if loud:
             self._last_loud = self._ticks
-        if not self.voice and sum(self._recent) >= LOUD:
-            first = self._ticks - len(self._recent) + self._recent.index(True)
-            self.voice, self.began = True, first * TICK
+        turns = [tick for tick in self._recent if tick >= self._turns_ticks]
+        if self.turn is None and len(turns) >= LOUD:
+            self.turn = turns[0] * TICK
+        if not self.voice and len(self._recent) >= LOUD:
+            self.voice, self.began = True, self._recent[0] * TICK
             return True
         if self.voice and self._ticks - self._last_loud >= QUIET:
             self.voice, self.ended = False, self._last_loud * TICK

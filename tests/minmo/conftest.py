@@ -319,6 +319,7 @@ def engine():
 
     torch.manual_seed(5)
     model = weights.untrained("nano", "cpu")
+    model.config = dataclasses.replace(model.config, remembered=100)
     with torch.no_grad():
         for parameter in model.llm.parameters():
             if parameter.dim() > 1:

@@ -43,6 +43,7 @@ DECIDE = steps.decide
 def model():
     torch.manual_seed(5)
     model = weights.untrained("nano", "cpu")  # its replies are long and varied
+    model.config = dataclasses.replace(model.config, remembered=100)
     with torch.no_grad():  # of random weights: texts of some length, that depend on what was said
         for parameter in model.llm.parameters():
             if parameter.dim() > 1:

@@ -313,9 +313,13 @@ def test_forgetting_is_of_the_oldest_alone(engine):
         sizes.append(len(history.layout(engine.tokenizer)[0]))
     for room in range(sizes[-1] + 2):
         history.exchanges = list(kept)
-        history.forget(engine.tokenizer, room)
+        history.forget(engine.tokenizer, room, 100)
         left = max((n for n, size in enumerate(sizes) if size <= room), default=0)
         assert history.exchanges == kept[5 - left :]
+    for most in range(7):
+        history.exchanges = list(kept)
+        history.forget(engine.tokenizer, sizes[4], most)
+        assert history.exchanges == kept[5 - min(4, most) :]
 
 
 def test_a_thread_that_fails_leaves_nobody_waiting(engine, monkeypatch):
