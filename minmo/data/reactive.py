@@ -61,14 +61,15 @@ class ReactiveUser:
     None once all is said and answered, or waited for.
 
     events: what happened, sorted by start; a turn that was interrupted by nothing is kind "user", one that interrupts
-    "barge_in". snr_db, echo_db: what was drawn.
+    "barge_in". answers: what each turn in its order should be answered. snr_db, echo_db: what was drawn.
     """
 
     def __init__(self, material: Material, conditions: Conditions, seed: int, index: int) -> None:
         if conditions.barge_in + conditions.backchannel + conditions.burst > 1:
             raise ValueError("one thing at most happens in a reply: barge_in + backchannel + burst must not exceed 1")
         self.name = f"reactive-{seed}-{index}"
-        questions = [trimmed(drawn(material.exchanges, self.name, "exchange", n)[0]) for n in range(conditions.turns)]
+        exchanges = [drawn(material.exchanges, self.name, "exchange", n) for n in range(conditions.turns)]
+        questions, self.answers = [trimmed(asked) for asked, _ in exchanges], [answer.text for _, answer in exchanges]
         level = power(np.concatenate([q.samples for q in questions]))
         self._turns = [self._planned(q, n, level, material, conditions) for n, q in enumerate(questions)]
         self.snr_db = drawn(conditions.snr_db, self.name, "snr")
@@ -78,7 +79,7 @@ class ReactiveUser:
             self._noise = scaled(noise(material, len(self._noise), self.name), level / 10 ** (self.snr_db / 10))
         self._room = np.zeros(1)
         if self.echo_db is not None:
-            voice = trimmed(drawn(material.exchanges, self.name, "exchange", 0)[1]).samples
+            voice = trimmed(exchanges[0][1]).samples
             response = room(self.name)
             gain = power(np.convolve(voice, response)[: len(voice)]) / power(voice)
             self._room = response * np.sqrt(10 ** (self.echo_db / 10) / gain)

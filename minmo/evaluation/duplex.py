@@ -52,8 +52,9 @@ def held(model: MinMo, user: ReactiveUser, settings: Settings, about: Facts) -> 
 
     taken, ended, sent: [reply, when] of turns that the assistant took, of replies that were sent whole, and of each
     reply's first sound. cuts: where the predictor stopped a reply: when, when sound was last sent, and when the last
-    sound was played. voices: [reply, first sound, last sound] of what was played, without what is too faint to be heard
-    (HEARD_DB). judged: a judge's spans of voice, once there are some.
+    sound was played. text: of each reply; expected: of each turn's answer. voices: [reply, first sound, last sound] of
+    what was played, without what is too faint to be heard (HEARD_DB). judged: a judge's spans of voice, once there are
+    some.
     """
     conversation = Conversation(model, settings, eagerness(about["eagerness"]))
     try:
@@ -79,6 +80,7 @@ def held(model: MinMo, user: ReactiveUser, settings: Settings, about: Facts) -> 
         elif entry["event"] == "Interrupted":
             cut = {"reply": reply, "at": when, "last_sent": last_sent.get(reply), "last_played": ends.get(reply)}
             facts["cuts"].append(cut)
+    facts["expected"] = user.answers
     facts["events"] = [asdict(event) for event in user.events]
     facts["ambiguous"] = [ambiguous(event.text) for event in user.events if event.kind in USER_TURNS]
     facts["voices"] = [voice for span in found.spans if (voice := _voice(found, *span))]

@@ -19,6 +19,7 @@ from minmo.evaluation.material import Material
 from minmo.evaluation.results import Row
 from minmo.evaluation.scores import quantile, right_rate
 from minmo.evaluation.turns import SCORED, Turns, take_turns
+from minmo.evaluation.words import spoken
 from minmo.model import MinMo
 
 Facts = dict[str, Any]
@@ -134,8 +135,9 @@ def _answers(facts: Facts, tally: _Tally, turns: Turns) -> None:
     name = facts["name"]
     first = {reply: begin for reply, begin, _ in reversed(facts["voices"])}
     sent, user = dict(facts["sent"]), user_turns(facts)
+    cut = {cut["reply"] for cut in facts["cuts"]}
     tally.was("answered before anything was said", any(t[1] <= user[0].begin for t in facts["taken"]), name)
-    for turn in user:
+    for number, turn in enumerate(user):
         kind = "ambiguous turns" if turn.ambiguous else "unambiguous turns"
         tally.was("false take-over: answered before the turn's end", turn.early is not None, name)
         tally.was(f"false take-over, {kind}", turn.early is not None, name)
@@ -149,6 +151,10 @@ def _answers(facts: Facts, tally: _Tally, turns: Turns) -> None:
         tally.was("answered again though nothing was said", spare > 0, name)
         if turn.early is None and turn.answers:
             reply, when = turn.answers[0]
+            if reply not in cut:
+                right = spoken(facts["text"].get(str(reply), "")) == spoken(facts["expected"][number])
+                which = "later" if number else "first"
+                tally.was(f"answered rightly, {which} turns", right, name)
             tally.took("end of turn to decision", when - turn.end, name)
             if reply in sent:
                 tally.took("end of turn to first sound sent", sent[reply] - turn.end, name)

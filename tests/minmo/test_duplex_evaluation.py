@@ -60,7 +60,8 @@ FACTS = {
              {"reply": 4, "at": 21_840, "last_sent": 21_760, "last_played": 21_840}],
     "voices": [[0, 4_300, 6_500], [1, 9_200, 10_470], [2, 11_200, 12_000], [3, 13_100, 13_400], [4, 21_200, 21_840],
                [5, 22_200, 24_000]],
-    "text": {}, "seconds": 25.0, "tick_ms": {"p50": 1.0, "p95": 2.0, "p99": 3.0}, "judged": None,
+    "text": {"0": "It is 3.", "1": "three", "2": "five"}, "expected": ["it is three", "three", "four", "five", "six"],
+    "seconds": 25.0, "tick_ms": {"p50": 1.0, "p95": 2.0, "p99": 3.0}, "judged": None,
 }  # fmt: skip
 
 
@@ -78,6 +79,9 @@ def test_a_conversation_written_by_hand_is_scored_as_by_hand():
     assert found["false take-over, ambiguous turns"].value == 1 / 2
     assert found["false take-over in a pause, unambiguous turns"].value == 0
     assert found["false take-over in a pause of 1 - 2 s"].value == 1
+    # The first turn's answer is right, the barge-in's wrong; the others' were cut, too late, or never came.
+    assert found["answered rightly, first turns"].value == 1 and found["answered rightly, first turns"].of == 1
+    assert found["answered rightly, later turns"].value == 0 and found["answered rightly, later turns"].of == 1
     assert found["barge-in success"].value == 1
     stops = [found[f"barge-in to {what}, p50, s"].value for what in ("decision", "last byte sent", "last sound played")]
     assert stops == pytest.approx([0.48, 0.4, 0.47])
