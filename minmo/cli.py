@@ -40,12 +40,14 @@ from minmo.serving.loadtest import loadtest
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
 from minmo.training.command import add_to as add_training
 from minmo.weights import pick_device
+from minmo.weights.command import add_to as add_weights
 from minmo_kernels.dispatch import OPS, backends_in_use
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help="MinMo: talk with a voice model."
 )
 add_training(app)
+add_weights(app)
 app.command()(evaluate)
 app.command()(serve)
 app.command()(loadtest)

@@ -249,7 +249,7 @@ class MinMoConfig:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"config is not JSON ({str(error):.80}); write it with minmo.save") from None
-        return _build(cls, data, "config")
+        return from_fields(cls, data, "config")
 
 
 def is_whole(value: object) -> bool:
@@ -275,6 +275,8 @@ def load_config(preset_or_dir: str | Path) -> MinMoConfig:
         return MinMoConfig.from_json((resources.files("minmo") / "presets" / f"{name}.json").read_text("utf-8"))
     path = Path(preset_or_dir) / "config.json"
     if not os.path.isfile(path):
+        if os.path.isfile(path.with_name("parts.json")):
+            raise ValueError(f"{name} holds parts of a MinMo, not all of one: give it to minmo assemble")
         raise FileNotFoundError(
             f"{name[:100]!r} is neither a preset ({', '.join(presets())}) nor a directory with a config.json"
         )
@@ -286,7 +288,9 @@ def load_config(preset_or_dir: str | Path) -> MinMoConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _build(cls: type, data: Any, where: str) -> Any:
+def from_fields(cls: type, data: Any, where: str) -> Any:
+    """A configuration of a class of this module from its fields as JSON has them. Raises ValueError that names the
+    field for a missing, unknown or mistyped one; where: what to call it in messages."""
     if not isinstance(data, dict):
         raise ValueError(f"{where} must be an object, got {type(data).__name__}")
     hints = typing.get_type_hints(cls)
@@ -301,7 +305,7 @@ def _build(cls: type, data: Any, where: str) -> Any:
 
 def _convert(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
-        return _build(typing.cast(type, kind), value, where)
+        return from_fields(typing.cast(type, kind), value, where)
     if isinstance(kind, types.GenericAlias):  # tuple[int, ...] is the only generic here
         if not isinstance(value, (list, tuple)) or not value or not all(type(v) is int for v in value):
             raise ValueError(f"{where} must be a list of integers, got {value!r:.60}")

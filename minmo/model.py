@@ -34,6 +34,30 @@ MAX_POSITIONS = 4096
 MOST_POSITIONS = 1 << 22
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where the weights of one part come from; a checkpoint's manifest keeps it."""
+
+    state: str
+    """`imported` (a public model's own), `start` (a public model's, a start for training), `random` or `trained`."""
+    importer: str = ""
+    made_by: str = ""
+    """Program and version that imported, drew or trained it."""
+    sources: tuple[dict[str, Any], ...] = ()
+    """The public files: file, bytes, sha256."""
+    dtype: str = ""
+    start: str = ""
+    """Why it is only a start, in a sentence."""
+    notes: tuple[str, ...] = ()
+    """What is not a faithful copy, in sentences."""
+    dropped: tuple[str, ...] = ()
+    """Public tensors without a place here."""
+    zeroed: tuple[str, ...] = ()
+    """Tensors that the files do not have, set to zero."""
+    seed: int | None = None
+    """Of random weights."""
+
+
 @dataclass
 class HearingState(State):
     """Front end, encoder and projector of every session."""
@@ -82,8 +106,9 @@ class Seats:
 class MinMo(nn.Module):
     """All modules of one configuration.
 
-    trained: whether the weights came from a checkpoint; provenance: where from, in words. speaker: the assistant's
-    voice, a vector for the flow's conditioning, (speaker_dim,).
+    trained: whether the weights came from a checkpoint; provenance: where from, in words; origins: the same
+    part by part (`voice_decoder.output_projector` is one of its own), where a checkpoint says so. speaker: the
+    assistant's voice, a vector for the flow's conditioning, (speaker_dim,).
     """
 
     speaker: Tensor
@@ -108,6 +133,7 @@ class MinMo(nn.Module):
         self.tokenizer: TextTokenizer | None = None
         self.trained = False
         self.provenance = "no weights"
+        self.origins: dict[str, Origin] = {}
 
     def give_up(self) -> list[tuple[str, nn.Module]]:
         """Hands the parts over, by name; this model raises AttributeError for them from then on."""

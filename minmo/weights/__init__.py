@@ -1,5 +1,6 @@
 """Weights on disk: a checkpoint is a directory with `config.json`, `model.safetensors` and `tokenizer.json`."""
 
-from minmo.weights.checkpoint import CheckpointError, load, pick_device, save, untrained
+from minmo.weights.checkpoint import load, pick_device, save, untrained
+from minmo.weights.stored import CheckpointError
 
 __all__ = ["CheckpointError", "load", "pick_device", "save", "untrained"]

@@ -14,13 +14,10 @@ from torch import Tensor
 from minmo.config import MinMoConfig, load_config, presets
 from minmo.model import MinMo, shapes
 from minmo.tokenizer.text import TextTokenizer
+from minmo.weights.stored import CheckpointError
 
 RANDOM_SEED = 0
 _WEIGHTS = "model.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that does not fit its configuration, or cannot be read."""
 
 
 def load(

@@ -1,0 +1,103 @@
+"""A folder of parts, what `minmo import` writes: `parts.json` (their configurations), weights under a MinMo's names,
+`tokenizer.json` where there is one, and `manifest.json`. It opens as the public files do, and assembles like them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from minmo.model import NothingDrawn, Origin
+from minmo.tokenizer.text import TextTokenizer
+from minmo.weights import manifest
+from minmo.weights.importers.frame import KINDS, Part, check, module
+from minmo.weights.manifest import Stamp
+from minmo.weights.stored import CheckpointError, indexed, json_file, usable
+from minmo.weights.written import bar, total_bytes, whole, write
+
+FILE = "parts.json"
+
+
+def save_parts(parts: Sequence[Part], out: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes parts into a new folder, tensor by tensor; on any error nothing is left. dtype: None keeps each tensor's.
+
+    Raises CheckpointError, in one sentence that names the tensor, for what does not fit or is no number in that dtype.
+    """
+    for part in parts:
+        check(part)
+    weights = {full(part.name, name): weight for part in parts for name, weight in part.tensors.items()}
+    tokenizer = next((part.tokenizer for part in parts if part.tokenizer), None)
+    with whole(out) as folder, bar("writing", total_bytes(weights, dtype)) as told:
+        files = write(weights, folder, dtype, where=", ".join(sources(parts)), told=told)
+        (folder / FILE).write_text(json.dumps({p.name: dict(p.config) for p in parts}, indent=1) + "\n")
+        if tokenizer:
+            TextTokenizer(tokenizer, "tokenizer.json").save(folder / "tokenizer.json")
+        for name in (FILE, *(["tokenizer.json"] if tokenizer else [])):
+            files[name] = Stamp.of(folder / name)
+        manifest.write(folder, {part.name: origin(part, dtype) for part in parts}, files)
+
+
+def open_parts(folder: Path) -> list[Part]:
+    """The parts of a folder that `save_parts` wrote, not read yet. Raises CheckpointError for what is none."""
+    configs = json_file(folder / FILE)
+    origins, _ = manifest.read(folder)
+    if set(configs) != set(origins) or not set(configs) <= {*KINDS, "speaker"}:
+        raise CheckpointError(f"{folder}: {FILE} and {manifest.FILE} do not name the same parts: import them again")
+    _, weights = indexed(folder)
+    if strange := [name for name in weights if name.partition(".")[0] not in configs]:
+        raise CheckpointError(f"{folder} has the tensor {strange[0]!r}, of none of its parts: import them again")
+    text = folder / "tokenizer.json"
+    parts = []
+    for name, config in configs.items():
+        was = origins[name]
+        tensors = {n.partition(".")[2]: w for n, w in weights.items() if n.partition(".")[0] == name}
+        part = Part(
+            name, config, tensors, (folder / FILE,), was.importer,
+            tokenizer=text.read_text("utf-8") if name == "llm" and text.is_file() else None,
+            start=was.start, notes=was.notes, dropped=was.dropped, zeroed=was.zeroed, origin=was,
+        )  # fmt: skip
+        check(part)
+        parts.append(part)
+    return parts
+
+
+def build(part: Part, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A part's module with its weights, in evaluation mode. A voice decoder needs `llm_dim` and an output projector."""
+    check(part)
+    with torch.device("meta"), NothingDrawn():
+        made = module(part.name, part.config)
+    where = str(part.files[0]) if part.files else part.importer
+    state = {name: usable(where, name, weight.read(), dtype) for name, weight in part.tensors.items()}
+    made.load_state_dict(state, assign=True)
+    return made.requires_grad_(False).eval()
+
+
+def origin(part: Part, dtype: torch.dtype | None) -> Origin:
+    """What a manifest says of a part; one that came from a folder of parts keeps what that one said."""
+    if part.origin is not None:
+        return part.origin
+    stamps = [Stamp.of(path) for path in part.files]
+    return Origin(
+        "start" if part.start else "imported",
+        part.importer,
+        manifest.made_by(),
+        tuple({"file": s.file, "bytes": s.bytes, "sha256": s.sha256} for s in stamps),
+        str(dtype).removeprefix("torch.") if dtype else "as stored",
+        part.start,
+        part.notes,
+        part.dropped,
+        part.zeroed,
+    )
+
+
+def sources(parts: Sequence[Part]) -> list[str]:
+    """The files of parts, each once."""
+    return list(dict.fromkeys(str(path) for part in parts for path in part.files))
+
+
+def full(part: str, name: str) -> str:
+    """A tensor's name in a MinMo."""
+    return f"{part}.{name}" if name else part
