@@ -34,13 +34,14 @@ from minmo.fast.linear import WEIGHTS
 from minmo.fast.profile import STEPS
 from minmo.info import engine_rows, state_rows
 from minmo.info import rows as info_rows
-from minmo.model import MAX_POSITIONS, MOST_POSITIONS
+from minmo.model import MAX_POSITIONS, MOST_POSITIONS, concerns
 from minmo.serving.command import serve
 from minmo.serving.loadtest import loadtest
 from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
 from minmo.training.command import add_to as add_training
-from minmo.weights import pick_device
+from minmo.weights import manifest, pick_device
 from minmo.weights.command import add_to as add_weights
+from minmo.weights.command import show_origins, show_parts
 from minmo_kernels.dispatch import OPS, backends_in_use
 
 app = typer.Typer(
@@ -251,9 +252,17 @@ def info(
     max_voice_positions: Annotated[
         int, typer.Option(min=1, max=MOST_POSITIONS, help="Voice token LM context.")
     ] = MAX_VOICE_POSITIONS,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every file's sha256 with the manifest's.")] = False,
 ) -> None:
-    """Parameters of every module beside the paper's Table 1, and the memory of a session's states."""
+    """Parameters of every module beside the paper's Table 1, the memory of a session's states, where weights are from.
+
+    Also for a folder that minmo import wrote."""
     name = escape(preset)
+    if verify:
+        count = manifest.verify(Path(preset))
+        out.print(f"{count} files of {preset} are as they were written", highlight=False, markup=False, soft_wrap=True)
+    if show_parts(Path(preset)):
+        return
     if rows:
         title = f"{name}: memory of {rows} rows, {max_positions} positions, {max_voice_positions} of speech"
         table = Table("state", "fp32: bytes", "bf16: bytes", title=title)
@@ -269,6 +278,7 @@ def info(
     for part, what, size in state_rows(preset):
         table.add_row(part, what, f"{size:,}")
     out.print(table)
+    show_origins(Path(preset))
 
 
 @app.command()
@@ -449,6 +459,9 @@ def _load(preset: str, device: str | None, dtype: str) -> minmo.MinMo:
             f"[bold yellow]UNTRAINED:[/] {escape(model.config.name)} has {escape(model.provenance)}. "
             "Its text and sound mean nothing; only the machinery and its speed are real."
         )
+        return model
+    for concern in concerns(model.origins):
+        err.print(f"minmo: {preset}: {concern}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     return model
 
 

@@ -7,6 +7,7 @@ embeddings -> output projector and voice token LM (5 semantic vectors : 15 speec
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,13 @@ class Origin:
     """Tensors that the files do not have, set to zero."""
     seed: int | None = None
     """Of random weights."""
+
+
+def concerns(origins: Mapping[str, Origin]) -> list[str]:
+    """What to know of a model's weights before trusting it, a line each: what is random, what is only a start."""
+    random = [part for part, origin in origins.items() if origin.state == "random"]
+    lines = [f"random: {', '.join(random)}"] if random else []
+    return lines + [f"{part}: {origin.start}" for part, origin in origins.items() if origin.state == "start"]
 
 
 @dataclass
@@ -134,6 +142,12 @@ class MinMo(nn.Module):
         self.trained = False
         self.provenance = "no weights"
         self.origins: dict[str, Origin] = {}
+
+    def mark_trained(self, prefixes: tuple[str, ...], by: str) -> None:
+        """Notes that the parts whose tensors begin so were trained; what was random or a start no longer is."""
+        for part in self.origins:
+            if f"{part}.".startswith(prefixes):
+                self.origins[part] = Origin("trained", made_by=by)
 
     def give_up(self) -> list[tuple[str, nn.Module]]:
         """Hands the parts over, by name; this model raises AttributeError for them from then on."""

@@ -90,7 +90,7 @@ class FastMinMo(MinMo):
         self.weights, self.capacity, self.prefill = weights, rows, min(prefill, max_positions)
         self.max_positions, self.max_voice_positions = max_positions, max_voice_positions
         self.config, self.tokenizer = model.config, model.tokenizer
-        self.trained, self.provenance = model.trained, model.provenance
+        self.trained, self.provenance, self.origins = model.trained, model.provenance, model.origins
         self.register_buffer("speaker", model.speaker)
         parts = copy.deepcopy(list(model.named_children())) if keep_model else model.give_up()
         for name, part in parts:

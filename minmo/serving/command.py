@@ -13,6 +13,7 @@ from minmo.console import err
 from minmo.conversation import Settings
 from minmo.fast import FastMinMo
 from minmo.fast.linear import WEIGHTS
+from minmo.model import concerns
 
 
 def serve(
@@ -91,6 +92,9 @@ def serve(
             f"UNTRAINED: {model.config.name} has {model.provenance}; its replies mean nothing",
             style="yellow", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
+    else:
+        for concern in concerns(model.origins):
+            err.print(f"{preset}: {concern}", style="yellow", highlight=False, markup=False, soft_wrap=True)
     nothing = {1: 0.001}
     budget = None if measure else Budget(nothing, nothing, nothing, nothing, nothing)  # as if steps cost nothing
     scheduler = Scheduler(model, budget=budget, max_sessions=sessions)

@@ -208,6 +208,7 @@ class _Pipeline:
             source, trains = self.model(stage), self.plans[stage].as_run().trains
             trained = weights.load(source, device="cpu").state_dict()
             model.load_state_dict({k: v for k, v in trained.items() if k.startswith(trains)}, strict=False)
+            model.mark_trained(trains, f"minmo train {stage}")
             for name in (HEADS, SYMBOLS):
                 if heads and (source / name).is_file():
                     shutil.copyfile(source / name, part / name)

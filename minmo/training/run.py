@@ -131,6 +131,7 @@ def run(recipe: Recipe, start: str | Path, data: Path, out: Path, *, skip_bad: b
         complete = weights.load(start, device="cpu")
         made = make_objective(recipe, complete, symbols, Path(start))
         load_trained(result.last, made)
+        complete.mark_trained(stage.trains, f"minmo train {stage.name}")
         if here.rank == 0:
             export(made, complete, out / "model")
         here.wait()

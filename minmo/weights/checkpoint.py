@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 from importlib import resources
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from minmo.config import MinMoConfig, load_config, presets
-from minmo.model import MinMo, shapes
+from minmo.model import MinMo, Origin, concerns, shapes
 from minmo.tokenizer.text import TextTokenizer
-from minmo.weights.stored import CheckpointError
+from minmo.weights import manifest
+from minmo.weights.manifest import Stamp
+from minmo.weights.stored import CheckpointError, Weight, Weights, indexed, usable
+from minmo.weights.written import SHARD, whole, write
 
 RANDOM_SEED = 0
 _WEIGHTS = "model.safetensors"
@@ -35,16 +36,22 @@ def load(
     dtype = _dtype(dtype)
     config = load_config(preset_or_dir)
     folder = _folder(preset_or_dir)
-    weights = folder / _WEIGHTS
-    if device.type == "meta" or not weights.is_file():
-        if str(preset_or_dir) not in presets():
-            raise CheckpointError(f"{folder} has no {_WEIGHTS}; put the weights there (safetensors only)")
-        return untrained(str(preset_or_dir), device, dtype)
+    there = any((folder / name).is_file() for name in (_WEIGHTS, f"{_WEIGHTS}.index.json"))
+    if device.type == "meta" or (str(preset_or_dir) in presets() and not there):
+        return _ready(_random(config, device, dtype), folder)
     model = shapes(config)
-    tensors = _read(weights, {k: v.shape for k, v in model.state_dict().items()}, device, dtype)
-    model.load_state_dict(tensors, assign=True)
+    files, stored = indexed(folder)
+    where = str(files[0] if len(files) == 1 else folder)
+    _check(where, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}, stored)
+    # One at a time: what is converted, or copied to a GPU, leaves the file's pages behind.
+    state = {
+        name: usable(stored[name].where, name, stored[name].read(), dtype).to(device) for name in model.state_dict()
+    }
+    model.load_state_dict(state, assign=True)
     model.trained = True
-    model.provenance = f"weights from {weights.name} of {preset_or_dir}"
+    model.origins, _ = manifest.read(folder)
+    named = files[0].name if len(files) == 1 else f"{len(files)} files"
+    model.provenance = "; ".join([f"weights from {named} of {preset_or_dir}", *concerns(model.origins)])
     return _ready(model, folder)
 
 
@@ -74,8 +81,11 @@ def _ready(model: MinMo, folder: Path) -> MinMo:
     return model.requires_grad_(False).eval()
 
 
-def save(model: MinMo, directory: str | Path) -> None:
-    """Writes `config.json`, `model.safetensors` and `tokenizer.json`; `load` gives the same tensors back.
+def save(model: MinMo, directory: str | Path, *, shard: int = SHARD) -> None:
+    """Writes `config.json`, the weights, `tokenizer.json` and `manifest.json`; `load` gives the same tensors back.
+
+    The weights are `model.safetensors`, or files of at most `shard` bytes and their index. A new folder appears when
+    all of it is written; in one that is there, files are replaced when all have been written beside them.
 
     Raises CheckpointError for a model whose weights are packed, or were given to a FastMinMo, and for a full disk.
     """
@@ -85,15 +95,32 @@ def save(model: MinMo, directory: str | Path) -> None:
             "save the MinMo before, or make the FastMinMo with keep_model=True"
         )
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    try:
-        save_file(tensors, folder / _WEIGHTS)
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder / _WEIGHTS} could not be written ({error}): make room and save again") from None
+    if not folder.exists():
+        with whole(folder) as part:
+            _write(model, part, shard)
+        return
+    beside = folder / ".saved"
+    shutil.rmtree(beside, ignore_errors=True)
+    with whole(beside) as part:
+        _write(model, part, shard)
+    written = {file.name for file in beside.iterdir()}
+    for file in beside.iterdir():
+        file.replace(folder / file.name)
+    beside.rmdir()
+    for old in folder.glob("model*.safetensors*"):
+        if old.name not in written:
+            old.unlink()
+
+
+def _write(model: MinMo, folder: Path, shard: int) -> None:
+    state = {name: Weight.of(tensor.detach(), model.config.name) for name, tensor in model.state_dict().items()}
+    files = write(state, folder, shard=shard)
     (folder / "config.json").write_text(model.config.to_json(), encoding="utf-8")
+    names = ["config.json"]
     if model.tokenizer is not None:
         model.tokenizer.save(folder / "tokenizer.json")
+        names.append("tokenizer.json")
+    manifest.write(folder, model.origins, files | {name: Stamp.of(folder / name) for name in names})
 
 
 def _folder(preset_or_dir: str | Path) -> Path:
@@ -118,39 +145,24 @@ def _random(config: MinMoConfig, device: torch.device, dtype: torch.dtype) -> Mi
         torch.default_generator.manual_seed(RANDOM_SEED)
         model = MinMo(config)
     model.provenance = f"random weights (seed {RANDOM_SEED})"
+    drawn = Origin("random", made_by=manifest.made_by(), seed=RANDOM_SEED)
+    parts = [name for name, part in model.named_children() if next(part.parameters(), None) is not None]
+    model.origins = dict.fromkeys([*parts, "voice_decoder.output_projector"], drawn)
     return model.to(device, dtype)
 
 
-def _read(path: Path, shapes: dict[str, torch.Size], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a file, checked against names and shapes before the first one is read."""
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            stored = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
-            for name in shapes:
-                if name not in stored:
-                    raise CheckpointError(f"{path} lacks the tensor {name!r} of shape {tuple(shapes[name])}")
-            for name, shape in stored.items():
-                if name not in shapes:
-                    raise CheckpointError(f"{path} has the tensor {name!r}, which this configuration does not know")
-                if shape != shapes[name]:
-                    raise CheckpointError(
-                        f"{path}: {name!r} has the shape {tuple(shape)}, the configuration wants {tuple(shapes[name])}"
-                    )
-            return {name: _usable(path, name, file.get_tensor(name), dtype) for name in shapes}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def _usable(path: Path, name: str, stored: Tensor, dtype: torch.dtype) -> Tensor:
-    """A stored tensor as a weight."""
-    if stored.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        raise CheckpointError(f"{path}: {name!r} is {stored.dtype}; weights are float32, bfloat16 or float16")
-    tensor = stored.to(dtype)
-    if not bool(tensor.isfinite().all()):
-        raise CheckpointError(
-            f"{path}: {name!r} holds NaN or infinite numbers as {str(dtype).removeprefix('torch.')}; export it again"
-        )
-    return tensor
+def _check(where: str, ours: dict[str, tuple[int, ...]], stored: Weights) -> None:
+    """Holds all names and shapes against the configuration's, before the first tensor is read."""
+    for name, shape in ours.items():
+        if name not in stored:
+            raise CheckpointError(f"{where} lacks the tensor {name!r} of shape {shape}")
+    for name, weight in stored.items():
+        if name not in ours:
+            raise CheckpointError(f"{where} has the tensor {name!r}, which this configuration does not know")
+        if weight.shape != ours[name]:
+            raise CheckpointError(
+                f"{where}: {name!r} has the shape {weight.shape}, the configuration wants {ours[name]}"
+            )
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:

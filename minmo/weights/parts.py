@@ -31,7 +31,7 @@ def save_parts(parts: Sequence[Part], out: Path, dtype: torch.dtype | None = Non
     weights = {full(part.name, name): weight for part in parts for name, weight in part.tensors.items()}
     tokenizer = next((part.tokenizer for part in parts if part.tokenizer), None)
     with whole(out) as folder, bar("writing", total_bytes(weights, dtype)) as told:
-        files = write(weights, folder, dtype, where=", ".join(sources(parts)), told=told)
+        files = write(weights, folder, dtype, told=told)
         (folder / FILE).write_text(json.dumps({p.name: dict(p.config) for p in parts}, indent=1) + "\n")
         if tokenizer:
             TextTokenizer(tokenizer, "tokenizer.json").save(folder / "tokenizer.json")
@@ -69,8 +69,7 @@ def build(part: Part, dtype: torch.dtype = torch.float32) -> nn.Module:
     check(part)
     with torch.device("meta"), NothingDrawn():
         made = module(part.name, part.config)
-    where = str(part.files[0]) if part.files else part.importer
-    state = {name: usable(where, name, weight.read(), dtype) for name, weight in part.tensors.items()}
+    state = {name: usable(weight.where, name, weight.read(), dtype) for name, weight in part.tensors.items()}
     made.load_state_dict(state, assign=True)
     return made.requires_grad_(False).eval()
 
@@ -91,11 +90,6 @@ def origin(part: Part, dtype: torch.dtype | None) -> Origin:
         part.dropped,
         part.zeroed,
     )
-
-
-def sources(parts: Sequence[Part]) -> list[str]:
-    """The files of parts, each once."""
-    return list(dict.fromkeys(str(path) for part in parts for path in part.files))
 
 
 def full(part: str, name: str) -> str:

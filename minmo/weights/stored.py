@@ -37,15 +37,17 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor that has not been read yet. read: gives it, of this shape and dtype, on the CPU; may be called again."""
+    """A tensor that has not been read yet. read: gives it, of this shape and dtype; may be called again. where: its
+    file, for messages."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    where: str = "the model"
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Weight:
-        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+    def of(cls, tensor: Tensor, where: str = where) -> Weight:
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor, where)
 
     @property
     def numel(self) -> int:
@@ -64,7 +66,7 @@ def safetensors(*paths: Path) -> dict[str, Weight]:
         for name, shape, dtype in mapped.header():
             if name in found:
                 raise CheckpointError(f"{path} holds {name!r}, which another file of this checkpoint holds, too")
-            found[name] = Weight(shape, dtype, lambda m=mapped, n=name: m.read(n))  # type: ignore[misc]
+            found[name] = Weight(shape, dtype, lambda m=mapped, n=name: m.read(n), str(path))  # type: ignore[misc]
     return found
 
 
@@ -122,7 +124,7 @@ def pickled(path: Path) -> dict[str, Weight]:
             raise CheckpointError(
                 f"{path}: {name!r} is no tensor, but a {type(tensor).__name__}: use the released file"
             )
-    return {name: Weight.of(tensor) for name, tensor in content.items()}
+    return {name: Weight.of(tensor, str(path)) for name, tensor in content.items()}
 
 
 def json_file(path: Path) -> dict[str, Any]:

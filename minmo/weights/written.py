@@ -28,14 +28,13 @@ def write(
     folder: Path,
     dtype: torch.dtype | None = None,
     *,
-    where: str,
     stem: str = "model",
     shard: int = SHARD,
     told: Callable[[int], None] = lambda size: None,
 ) -> dict[str, Stamp]:
     """Writes `STEM.safetensors`, or more files and their index if they would pass `shard` bytes -> files by name.
 
-    dtype: None keeps each as it is. where: what messages call the source. told: hears the bytes of every tensor as it
+    dtype: None keeps each as it is. told: hears the bytes of every tensor as it
     is written. Raises CheckpointError that names a tensor which is no number in that dtype, and for a full disk.
     """
     groups = _groups(weights, dtype, shard)
@@ -45,7 +44,7 @@ def write(
     stamps: dict[str, Stamp] = {}
     for name, group in zip(names, groups, strict=True):
         try:
-            stamps[name] = _file(folder / name, {n: weights[n] for n in group}, dtype, where, told)
+            stamps[name] = _file(folder / name, {n: weights[n] for n in group}, dtype, told)
         except OSError as error:
             raise CheckpointError(
                 f"{folder / name} could not be written ({error.strerror}): make room and save again"
@@ -106,7 +105,7 @@ def _groups(weights: Weights, dtype: torch.dtype | None, shard: int) -> list[lis
     return groups
 
 
-def _file(path: Path, weights: Weights, dtype: torch.dtype | None, where: str, told: Callable[[int], None]) -> Stamp:
+def _file(path: Path, weights: Weights, dtype: torch.dtype | None, told: Callable[[int], None]) -> Stamp:
     names = sorted(weights, key=lambda name: -_stored(weights[name], dtype).itemsize)  # wide ones first: all aligned
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
@@ -124,9 +123,11 @@ def _file(path: Path, weights: Weights, dtype: torch.dtype | None, where: str, t
             file.write(piece)
         for name in names:
             weight = weights[name]
-            tensor = usable(where, name, weight.read(), _stored(weight, dtype))
+            tensor = usable(weight.where, name, weight.read(), _stored(weight, dtype))
             if tuple(tensor.shape) != weight.shape:
-                raise CheckpointError(f"{where}: {name!r} has the shape {tuple(tensor.shape)}, not {weight.shape}")
+                raise CheckpointError(
+                    f"{weight.where}: {name!r} has the shape {tuple(tensor.shape)}, not {weight.shape}"
+                )
             data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for at in range(0, len(data), _PIECE):
                 digest.update(data[at : at + _PIECE])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from torch import Tensor
 
 from minmo.config import FlowConfig
+from minmo.weights.importers.frame import Made, Part, applied, built, count, expected, fields, lazily
+from minmo.weights.stored import CheckpointError, Weights, pickled
 
 
 def key_table(config: FlowConfig) -> dict[str, str]:
@@ -15,13 +18,47 @@ def key_table(config: FlowConfig) -> dict[str, str]:
 
 
 def convert(released: Mapping[str, Tensor], config: FlowConfig) -> dict[str, Tensor]:
-    """A released state dict under our names. Raises ValueError that names a missing or an unknown tensor."""
-    table = key_table(config)
-    if missing := sorted(set(table) - set(released)):
-        raise ValueError(f"flow.pt lacks {len(missing)} tensors of this size of flow, the first is {missing[0]!r}")
-    if unknown := sorted(set(released) - set(table)):
-        raise ValueError(f"flow.pt has {len(unknown)} tensors that this size of flow lacks, first {unknown[0]!r}")
-    return {ours: released[theirs] for theirs, ours in table.items()}
+    """A released state dict under our names. Raises CheckpointError that names a missing or an unknown tensor."""
+    return applied(_table(config), released, "flow.pt")
+
+
+def open_file(path: Path) -> Part:
+    """`flow.pt` as a part; its sizes are those of its tensors, heads of 64 in the estimator."""
+    stored = pickled(path)
+    config = _config(stored, path)
+    tensors = lazily(_table(config), stored, str(path), shapes=expected("flow", fields(config)))
+    note = f"the released flow learned with chunks of 25 speech tokens, and runs here with {config.chunk}"
+    return Part("flow", fields(config), tensors, (path,), "cosyvoice2", notes=(note,))
+
+
+def _config(stored: Weights, path: Path) -> FlowConfig:
+    def size(name: str, axis: int) -> int:
+        if name not in stored or len(stored[name].shape) <= axis:
+            raise CheckpointError(f"{path} lacks the tensor {name!r} of a CosyVoice 2 flow: use its flow.pt")
+        return stored[name].shape[axis]
+
+    estimator, default = "decoder.estimator", FlowConfig()
+    inner = size(f"{estimator}.down_blocks.0.1.0.attn1.to_q.weight", 0)
+    given = {
+        "codes": size("input_embedding.weight", 0),
+        "dim": size("input_embedding.weight", 1),
+        "heads": size("encoder.encoders.0.self_attn.pos_bias_u", 0),
+        "ffn": size("encoder.encoders.0.feed_forward.w_1.weight", 0),
+        "blocks": count(stored, "encoder.encoders."),
+        "up_blocks": count(stored, "encoder.up_encoders."),
+        "lookahead": size("encoder.pre_lookahead_layer.conv1.weight", 2) - 1,
+        "n_mels": size("encoder_proj.weight", 0),
+        "speaker_dim": size("spk_embed_affine_layer.weight", 1),
+        "estimator_dim": size(f"{estimator}.final_proj.weight", 1),
+        "estimator_heads": max(1, inner // default.estimator_head_dim),
+        "estimator_mid_blocks": count(stored, f"{estimator}.mid_blocks."),
+        "estimator_transformers": count(stored, f"{estimator}.down_blocks.0.1."),
+    }
+    return built(FlowConfig, given, path)
+
+
+def _table(config: FlowConfig) -> dict[str, Made]:
+    return {ours: Made((theirs,)) for theirs, ours in key_table(config).items()}
 
 
 def _pairs(config: FlowConfig) -> Iterator[tuple[str, str]]:

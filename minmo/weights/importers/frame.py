@@ -102,11 +102,17 @@ def stacked(*tensors: Tensor) -> Tensor:
     return torch.cat(tensors)
 
 
-def lazily(table: Mapping[str, Made], stored: Weights, where: str, dropped: Iterable[str] = ()) -> dict[str, Weight]:
-    """Ours by a key table, each made when it is read.
+def lazily(
+    table: Mapping[str, Made],
+    stored: Weights,
+    where: str,
+    dropped: Iterable[str] = (),
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> dict[str, Weight]:
+    """Ours by a key table, each made when it is read. where: the file or folder, for messages.
 
     Every stored tensor is used or dropped by name; raises CheckpointError that names one that is missing, left over or
-    misshaped. `dropped` ones may be absent.
+    misshaped. `dropped` ones may be absent. shapes: those of ours, as `expected` gives them.
     """
     wanted = {source for made in table.values() for source in made.sources}
     if missing := [source for made in table.values() for source in made.sources if source not in stored]:
@@ -118,7 +124,7 @@ def lazily(table: Mapping[str, Made], stored: Weights, where: str, dropped: Iter
         raise CheckpointError(
             f"{where} holds {len(unknown)} tensors that this size has no place for, such as {unknown[0]!r}"
         )
-    return {ours: _made(ours, made, stored, where) for ours, made in table.items()}
+    return {ours: _made(ours, made, stored, where, (shapes or {}).get(ours)) for ours, made in table.items()}
 
 
 def applied(
@@ -163,12 +169,25 @@ def module(part: str, config: Mapping[str, Any]) -> nn.Module:
     return make(from_fields(kind, dict(config), part))
 
 
+def built(kind: type, given: Mapping[str, Any], path: Path) -> Any:
+    """A configuration of sizes that a file's tensors show. Raises CheckpointError that names the file for bad ones."""
+    try:
+        return from_fields(kind, dict(given), kind.__name__)
+    except ValueError as error:
+        raise CheckpointError(f"{path} has sizes that do not go together: {error}") from None
+
+
+def count(stored: Iterable[str], prefix: str) -> int:
+    """How many numbered groups stand under a prefix: 3 for `prefix0.…` to `prefix2.…`."""
+    return len({name[len(prefix) :].partition(".")[0] for name in stored if name.startswith(prefix)})
+
+
 def fields(config: Any) -> dict[str, Any]:
     """A configuration's fields, as `Part` has them."""
     return dataclasses.asdict(config)
 
 
-def _made(ours: str, made: Made, stored: Weights, where: str) -> Weight:
+def _made(ours: str, made: Made, stored: Weights, where: str, wanted: tuple[int, ...] | None) -> Weight:
     sources = [stored[name] for name in made.sources]
     for name, weight, shape in zip(made.sources, sources, made.shapes or [w.shape for w in sources], strict=True):
         if weight.shape != shape:
@@ -177,5 +196,10 @@ def _made(ours: str, made: Made, stored: Weights, where: str) -> Weight:
         whole = made.join(*(torch.empty(w.shape, dtype=w.dtype, device="meta") for w in sources))
     except RuntimeError:
         shapes = ", ".join(f"{name!r} {weight.shape}" for name, weight in zip(made.sources, sources, strict=True))
-        raise CheckpointError(f"{where}: the shapes of {shapes} do not go together, so there is no {ours!r}") from None
-    return Weight(tuple(whole.shape), whole.dtype, lambda: made.join(*(weight.read() for weight in sources)))
+        raise CheckpointError(f"{where}: {shapes} do not go together, so they make no {ours!r}") from None
+    if wanted is not None and tuple(whole.shape) != wanted:
+        raise CheckpointError(
+            f"{where}: {made.sources[0]!r} has the shape {sources[0].shape}, which makes {ours!r} "
+            f"{tuple(whole.shape)}, and its size wants {wanted}"
+        )
+    return Weight(tuple(whole.shape), whole.dtype, lambda: made.join(*(w.read() for w in sources)), sources[0].where)

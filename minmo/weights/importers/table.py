@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minmo.weights.importers import qwen2
+from minmo.weights.importers import cosyvoice, qwen2
 from minmo.weights.importers.frame import Importer
 
-IMPORTERS: dict[str, Importer] = {importer.name: importer for importer in (qwen2.IMPORTER,)}
+IMPORTERS: dict[str, Importer] = {importer.name: importer for importer in (qwen2.IMPORTER, cosyvoice.IMPORTER)}
