@@ -1,5 +1,5 @@
-"""`minmo`: talk, serve, transcribe, translate, ask, say, info, export, profile, doctor, train, tokenize, evaluate and
-data."""
+"""`minmo`: talk, serve, transcribe, translate, ask, say, info, import, assemble, export, profile, doctor, train,
+tokenize, evaluate and data."""
 
 from __future__ import annotations
 

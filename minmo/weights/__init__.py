@@ -1,4 +1,5 @@
-"""Weights on disk: a checkpoint is a directory with `config.json`, `model.safetensors` and `tokenizer.json`."""
+"""Weights on disk: a checkpoint is a directory with `config.json`, `model.safetensors` or shards, `tokenizer.json` and
+`manifest.json`."""
 
 from minmo.weights.checkpoint import load, pick_device, save, untrained
 from minmo.weights.stored import CheckpointError
