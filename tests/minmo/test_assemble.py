@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import numpy as np
+import public_files as public
 import pytest
 import torch
 
@@ -21,9 +20,6 @@ from minmo.weights.importers.table import IMPORTERS
 from minmo.weights.parts import save_parts
 from minmo.weights.stored import CheckpointError
 
-_spec = importlib.util.spec_from_file_location("public_files", Path(__file__).parent / "public_files.py")
-public = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(public)
 RANDOM = {"projector", "voice_decoder.output_projector", "duplex", "speech_tokenizer", "speaker"}
 
 

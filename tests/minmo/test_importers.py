@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
-from pathlib import Path
 
+import public_files as public
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,10 +20,6 @@ from minmo.weights.importers import cosyvoice, cosyvoice_hift, cosyvoice_llm, qw
 from minmo.weights.importers.table import IMPORTERS
 from minmo.weights.parts import build, open_parts, save_parts
 from minmo.weights.stored import CheckpointError
-
-_spec = importlib.util.spec_from_file_location("public_files", Path(__file__).parent / "public_files.py")
-public = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(public)
 
 
 def command(monkeypatch, capsys, *arguments):
