@@ -29,7 +29,7 @@ nano: .venv/dev.installed
 	.venv/bin/minmo train all --preset nano --jobs 2 --data $(NANO)/corpus -o $(NANO)
 	rm -rf $(NANO)/float16
 	.venv/bin/minmo export $(NANO)/model -o $(NANO)/float16
-	.venv/bin/minmo evaluate all --preset $(NANO)/float16 --data $(NANO)/corpus -o $(NANO)/scores.json
+	.venv/bin/minmo evaluate all --preset $(NANO)/float16 --data $(NANO)/corpus --transcribe -o $(NANO)/scores
 
 # On a machine with a GPU, with its own Python and packages: make gpu STAGE=test|tune|bench|steps|sanitize RESULTS=folder
 gpu:

@@ -49,13 +49,14 @@ def read_manifest(
     limits: Limits = LIMITS,
     skipped: Counter[str] | None = None,
     tasks: Collection[str] = TASKS,
+    root: Path | None = None,
 ) -> CutSet:
     """The lines of a manifest as a lazy CutSet: cuts as JSONL (.jsonl, .jsonl.gz), or a directory of lhotse Shar.
 
     A line that does not parse or validate raises DataError with the manifest and the line's number when it is reached
     (`stop`), or is left out (`skip`) and counted in `skipped` by its reason, once however often the set is read. A
     manifest with no usable line at all raises too. tasks: those that are wanted here; a line of another does not
-    validate.
+    validate. root: the folder in which sounds lie that are named by a relative path (by default the working directory).
     """
     if on_error not in ("stop", "skip"):
         raise ValueError(f"on_error must be 'stop' or 'skip', got {on_error!r}")
@@ -65,7 +66,7 @@ def read_manifest(
         raise DataError(
             f"{path} is a directory without lhotse Shar (cuts.*.jsonl.gz); check the path", "missing manifest"
         )
-    return CutSet(Manifest(Path(path), on_error, limits, Counter() if skipped is None else skipped, tasks))
+    return CutSet(Manifest(Path(path), on_error, limits, Counter() if skipped is None else skipped, tasks, root))
 
 
 def describe_skipped(skipped: Counter[str]) -> str:
@@ -80,9 +81,16 @@ class Manifest:
     """The validated cuts of one manifest, each time anew from its beginning."""
 
     def __init__(
-        self, path: Path, on_error: str, limits: Limits, skipped: Counter[str], tasks: Collection[str]
+        self,
+        path: Path,
+        on_error: str,
+        limits: Limits,
+        skipped: Counter[str],
+        tasks: Collection[str],
+        root: Path | None = None,
     ) -> None:
-        self.path, self.on_error, self.limits, self.skipped, self.tasks = path, on_error, limits, skipped, tasks
+        self.path, self.on_error, self.limits, self.skipped = path, on_error, limits, skipped
+        self.tasks, self.root = tasks, root
         self._counted = 0
         """Lines whose faults are in `skipped` already."""
 
@@ -92,6 +100,8 @@ class Manifest:
         for number, line in enumerate(lines, 1):
             try:
                 cut = line if isinstance(line, Cut) else _parsed(line)
+                if self.root is not None:
+                    _place(cut, self.root)
                 validate(cut, self.limits)
                 if (task := cut.custom["task"]) not in self.tasks:
                     raise _wrong(
@@ -138,6 +148,15 @@ def _parsed(line: str) -> Cut:
     except Exception as error:  # whatever a line of another shape makes lhotse's reader stumble over
         raise DataError(f"no lhotse cut ({error!r:.60}); write it with CutSet.to_file", "no cut") from None
     return cut
+
+
+def _place(cut: Cut, root: Path) -> None:
+    """Sounds with a relative path lie in `root`."""
+    both = (_recording_of(cut, "recording"), _recording_of(cut, "target_recording")) if isinstance(cut, MonoCut) else ()
+    for recording in both:
+        for source in recording.sources if isinstance(recording, Recording) else ():
+            if source.type == "file" and isinstance(source.source, str) and not _ADDRESS.match(source.source):
+                source.source = str(root / source.source)
 
 
 def load_sound(cut: Cut, field: str = "recording", sample_rate: int = SAMPLE_RATE) -> np.ndarray:
@@ -222,6 +241,13 @@ def _check_tokens(cut: Cut, field: str, value: Any, limits: Limits) -> None:
         raise _wrong(cut, field, f"must be speech tokens, got {value!r:.40}; {fix}", f"wrong {field}")
 
 
+def _check_answers(cut: Cut, field: str, value: Any, limits: Limits) -> None:
+    if not isinstance(value, list) or not value:
+        raise _wrong(cut, field, f"must be a list of texts, got {value!r:.40}; write one, or none", f"wrong {field}")
+    for n, text in enumerate(value):
+        _check_text(cut, f"{field}[{n}]", text, limits)
+
+
 def _check_history(cut: Cut, field: str, value: Any, limits: Limits) -> None:
     if not isinstance(value, list) or not all(isinstance(v, dict) and set(v) == {"user", "assistant"} for v in value):
         raise _wrong(cut, field, 'must be a list of {"user": text, "assistant": text}; write it so', f"wrong {field}")
@@ -266,7 +292,8 @@ def _check_events(cut: Cut, field: str, value: Any, limits: Limits) -> None:
 
 
 _CHECKS: dict[str, Callable[[Any, str, Any, Limits], None]] = {
-    **dict.fromkeys(("instruction", "text", "source_text", "language"), _check_text),
+    **dict.fromkeys(("instruction", "text", "source_text", "language", "dataset"), _check_text),
+    "answers": _check_answers,
     "speech_tokens": _check_tokens,
     "history": _check_history,
     "target_recording": _check_target,

@@ -20,7 +20,18 @@ from typing import TYPE_CHECKING, Any
 
 from minmo.config import SAMPLE_RATE
 from minmo.data.duplex import KINDS, Event
-from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, TextTokenizer
+from minmo.tokenizer.text import (
+    AGE,
+    CHAT,
+    EMOTION,
+    GENDER,
+    LANGUAGE,
+    READ_ALOUD,
+    SOUND,
+    TRANSCRIBE,
+    TextTokenizer,
+    translation,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from lhotse.cut import Cut
@@ -49,8 +60,10 @@ FIELDS = {
     "task": Field("name of a task", "what the line teaches"),
     "instruction": Field("text", "first words of the user's turn; may be empty"),
     "text": Field("text", "the assistant's text: transcript, translation, label, answer, or what is spoken"),
+    "answers": Field("list of texts", "other answers that are right; an answer that holds one of them is"),
     "source_text": Field("text", "what the user said or typed"),
     "language": Field("text", "code of the language that is heard, or spoken in tts"),
+    "dataset": Field("text", "the public dataset that the line is from"),
     "history": Field('list of {"user": text, "assistant": text}', "exchanges before this one, oldest first"),
     "target_recording": Field("lhotse Recording", "the assistant's sound"),
     "speech_tokens": Field("list of integers", "the assistant's speech tokens, 25 a second"),
@@ -108,22 +121,30 @@ TASKS: dict[str, Task] = {
     ),
     "s2tt": Task(
         "speech to its translation", ("recording", "instruction", "text"), _HEARD,
-        _line("s2tt", 2.5, "seven", instruction="Translate English into French", text="sept plus cinq"),
+        _line("s2tt", 2.5, "seven", instruction=translation("English", "French"), text="sept plus cinq"),
     ),
     "lid": Task(
         "speech to its language", ("recording", "instruction", "text"), _HEARD,
-        _line("lid", 2.5, "seven", instruction="Language Identification", text="English"),
+        _line("lid", 2.5, "seven", instruction=LANGUAGE, text="English"),
     ),
     "ser": Task(
         "speech to the speaker's emotion", ("recording", "instruction", "text"), _HEARD,
-        _line("ser", 2.5, "seven", instruction="Speech Emotion Recognition", text="happy"),
+        _line("ser", 2.5, "seven", instruction=EMOTION, text="happy"),
     ),
     "aed": Task(
         "sound to the names of its events", ("recording", "instruction", "text"), _HEARD,
-        _line("aed", 2.5, "cough", instruction="Sound Event Detection", text="cough"),
+        _line("aed", 2.5, "cough", instruction=SOUND, text="cough"),
+    ),
+    "age": Task(
+        "speech to the speaker's age, as one of some groups", ("recording", "instruction", "text"), _HEARD,
+        _line("age", 2.5, "seven", instruction=AGE, text="thirties"),
+    ),
+    "gender": Task(
+        "speech to the speaker's gender", ("recording", "instruction", "text"), _HEARD,
+        _line("gender", 2.5, "seven", instruction=GENDER, text="female"),
     ),
     "qa": Task(
-        "a spoken question to an answer in text", ("recording", "text"), ("instruction", "history", *_HEARD),
+        "a spoken question to an answer in text", ("recording", "text"), ("instruction", "history", "answers", *_HEARD),
         _line("qa", 2.5, "seven", text="Twelve.", source_text="What is seven plus five?"), instruction=CHAT,
     ),
     "text": Task(
@@ -141,7 +162,7 @@ TASKS: dict[str, Task] = {
         _SPEECH,
     ),
     "s2s": Task(
-        "a spoken question to a spoken answer", ("recording", "text"), ("instruction", "history", *_HEARD),
+        "a spoken question to a spoken answer", ("recording", "text"), ("instruction", "history", "answers", *_HEARD),
         _line("s2s", 2.5, "seven", text="It is twelve.", target_recording=_ANSWER, target_recording_unaligned=True),
         _SPEECH, CHAT,
     ),

@@ -9,7 +9,6 @@ The clock is simulated: work between ticks takes no time, so that every machine 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,10 +29,11 @@ from minmo.data.nano.dialogues import TURNS, ambiguous, material_of
 from minmo.data.reactive import LIVE, ReactiveUser
 from minmo.data.simulator import Conditions
 from minmo.data.utterances import voiced
+from minmo.evaluation import records
 from minmo.evaluation.duplex_report import draw, markdown
 from minmo.evaluation.duplex_scores import live_rows, predictor_rows
 from minmo.evaluation.judges import JudgeError
-from minmo.evaluation.material import Material
+from minmo.evaluation.material import manifests_of, read_set
 from minmo.evaluation.results import Results, made_with
 from minmo.evaluation.voices import Silero
 from minmo.model import MinMo
@@ -120,37 +120,41 @@ def evaluate_duplex(
     if front not in FRONTS:
         raise ValueError(f"front must be one of {', '.join(FRONTS)}, got {front!r}")
     eagerness(eager)
-    given = Material(Path(data), limit, seed)
-    spoken = material_of(given.data, "test")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    manifests_of(data := Path(data))
+    spoken = material_of(data, "test")
     if spoken is None:
         raise ValueError(f"{data} holds no spoken exchanges to test with; give the folder that `minmo data nano` wrote")
     judge, left_out = _judge()
     model = minmo.load(checkpoint)
-    about = made_with(model, given, [judge.name] if judge else [])
+    about = made_with(model, [judge.name] if judge else [], seed=seed, data=data)
     about |= {"realtime": realtime, "eagerness": eager, "front": front}
     folder = Path(out)
     (folder / "sound").mkdir(parents=True, exist_ok=True)
-    kept = _kept(folder / "dialogues.jsonl", about)
+    path = folder / "dialogues.jsonl"
+    kept = records.kept(path, about, key="name")
     engine = minmo.FastMinMo(model, rows=2, keep_model=True)
-    with (folder / "dialogues.jsonl").open("a", encoding="utf-8") as lines:
-        for index in range(limit or DIALOGUES):
-            user = ReactiveUser(spoken, _conditions(index), seed, index)
-            if user.name in kept:
-                continue
-            progress(user.name)
-            settings = Settings(seed=seed + index, temperature=0.0, max_text_tokens=LONGEST_REPLY)
-            facts, found = held(engine, user, settings, about)
-            sound = folder / "sound" / f"{user.name}.flac"
-            minmo.save_audio(sound, found.stereo(), found.rate)
-            if judge is not None:
-                facts["judged"] = judge(sound)
-            kept[user.name] = facts
-            lines.write(json.dumps(facts, ensure_ascii=False) + "\n")
-            lines.flush()
+    for index in range(limit or DIALOGUES):
+        user = ReactiveUser(spoken, _conditions(index), seed, index)
+        if user.name in kept:
+            continue
+        progress(user.name)
+        settings = Settings(seed=seed + index, temperature=0.0, max_text_tokens=LONGEST_REPLY)
+        facts, found = held(engine, user, settings, about)
+        sound = folder / "sound" / f"{user.name}.flac"
+        minmo.save_audio(sound, found.stereo(), found.rate)
+        if judge is not None:
+            facts["judged"] = judge(sound)
+        kept[user.name] = facts
+        records.append(path, [facts])
     progress("the predictor, position by position")
     dialogues = [kept[name] for name in sorted(kept, key=lambda name: int(name.rsplit("-", 1)[1]))]
-    rows = live_rows(dialogues, seed) + predictor_rows(model, given)
-    results = Results(about, rows, left_out=left_out + given.left_out)
+    positions = data / "test-duplex.jsonl.gz"
+    lines = read_set(positions, limit, seed, root=data).lines if positions.is_file() else []
+    left_out += [] if lines else [f"the predictor, position by position: there is no {positions}"]
+    rows = live_rows(dialogues, seed) + predictor_rows(model, lines, seed)
+    results = Results(about | {"limit": limit}, rows, left_out=left_out)
     results.write(folder / "duplex.json")
     (folder / "duplex.md").write_text(markdown(results, dialogues), encoding="utf-8")
     draw(dialogues, about, folder)
@@ -166,20 +170,3 @@ def _judge() -> tuple[Silero | None, list[str]]:
         return Silero(), []
     except JudgeError as error:
         return None, [f"silero-vad's times: {error}"]
-
-
-def _kept(path: Path, about: Facts) -> dict[str, Facts]:
-    """The facts that an earlier run left, by name; begins the file where there is none.
-
-    A line that was not written to its end is dropped. Raises ValueError where the run had other settings.
-    """
-    same = {key: value for key, value in about.items() if key != "limit"}
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    whole = text[: text.rfind("\n") + 1]
-    found = [json.loads(line) for line in whole.splitlines()]
-    if found and found[0].get("about") != same:
-        other = [k for k in same if found[0].get("about", {}).get(k) != same[k]]
-        raise ValueError(f"{path} holds conversations of another run ({', '.join(other)} differ): name another folder")
-    if not whole or whole != text:
-        path.write_text(whole or json.dumps({"about": same}) + "\n", encoding="utf-8")
-    return {facts["name"]: facts for facts in found[1:]}

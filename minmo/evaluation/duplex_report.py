@@ -11,19 +11,13 @@ import soundfile
 
 from minmo.config import SAMPLE_RATE
 from minmo.evaluation.duplex_scores import AGREES_MS, LIVE, offsets, user_turns
+from minmo.evaluation.paper import turn_taking
+from minmo.evaluation.report import cells
 from minmo.evaluation.results import Results
-from minmo.evaluation.scores import Score
 from minmo.evaluation.turns import SCORED
 from minmo.fast.profile import figures
 
 Facts = dict[str, Any]
-TABLE_22 = {
-    "Alimeeting": ((0.6138, 0.7542, 0.8036), (0.4751, 0.9366, 1.0), 0.7124),
-    "Fisher": ((0.6682, 0.8372, 0.8813), (0.4271, 0.9455, 0.9994), 0.8123),
-    "Simulation": ((0.7868, 0.9616, 0.985), (0.2571, 0.8152, 0.9942), None),
-}
-"""Quoted from arXiv 2501.06282: positive F1@K (K = 1, 5, 10) of the assistant's and the user's turn-taking, and the
-accuracy on user back-channels."""
 COLOURS = {"user": "tab:green", "barge_in": "tab:red", "backchannel": "tab:orange", "noise": "tab:brown"}
 
 
@@ -48,18 +42,12 @@ def markdown(results: Results, dialogues: Sequence[Facts]) -> str:
         lines += [f"## {material[0].upper()}{material[1:]}", "", "| measure | score | 95 % | conversations | of |"]
         lines += ["|---|---|---|---|---|"]
         lines += [
-            f"| {row.measure} | {_cells(row.score)} | {row.score.n} | {row.score.of} |"
+            f"| {row.measure} | {cells(row.score)} | {row.score.n} | {row.score.of} |"
             for row in results.rows
             if row.material == material
         ]
         lines += [""]
     return "\n".join(lines + _paper(results) + _judged(dialogues) + [f"Left out: {x}" for x in results.left_out]) + "\n"
-
-
-def _cells(score: Score) -> str:
-    if score.value is None or score.low is None or score.high is None:
-        return "- | -"
-    return f"{score.value:.3f} | {score.low:.3f} .. {score.high:.3f}"
 
 
 def _paper(results: Results) -> list[str]:
@@ -81,7 +69,7 @@ def _paper(results: Results) -> list[str]:
         f"{accuracies[0]} |",
         f"| live conversations (barge-ins alone) | {answer} | {stop} | {accuracies[1]} |",
     ]
-    for name, (answers, stops, accuracy) in TABLE_22.items():
+    for name, (answers, stops, accuracy) in turn_taking().items():
         cells = (" / ".join(f"{v:.4f}" for v in values) for values in (answers, stops))
         lines += [f"| MinMo 8B, {name} (quoted) | {' | '.join(cells)} | {'-' if accuracy is None else accuracy} |"]
     return [*lines, "", "Quoted figures: arXiv 2501.06282, other data and a model of 8 billion parameters.", ""]

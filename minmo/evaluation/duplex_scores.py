@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from minmo.config import SAMPLE_RATE, TICK
+from minmo.data.dialogues import duplex_samples
 from minmo.data.duplex import USER_TURNS, position
 from minmo.data.reactive import OUTLASTS_MS, STOP_WITHIN_MS
-from minmo.evaluation.material import Material
+from minmo.evaluation.material import Line
 from minmo.evaluation.results import Row
 from minmo.evaluation.scores import quantile, right_rate
-from minmo.evaluation.turns import SCORED, Turns, take_turns
+from minmo.evaluation.turns import SCORED, Turns, count_turns
 from minmo.evaluation.words import spoken
 from minmo.model import MinMo
 
@@ -73,10 +74,12 @@ def live_rows(dialogues: Sequence[Facts], seed: int) -> list[Row]:
     return rows
 
 
-def predictor_rows(model: MinMo, material: Material) -> list[Row]:
+def predictor_rows(model: MinMo, lines: Sequence[Line], seed: int) -> list[Row]:
     """The paper's measures: the predictor alone, on dialogues that it does not change."""
-    scores = take_turns(model, material).scores(material.seed)
-    return [Row("full duplex", POSITIONS, name, score) for name, score in scores.items()]
+    found = Turns()
+    for line in lines:
+        found.add(count_turns(model, line.cut, duplex_samples(line.cut)))
+    return [Row("full duplex", POSITIONS, name, score) for name, score in found.scores(seed).items()]
 
 
 def _by(name: str) -> str:

@@ -32,14 +32,13 @@ class JudgeError(ValueError):
     """A package that judging needs and that is not installed."""
 
 
-def needed(module: str) -> Any:
-    """Imports a package of the extra `eval`; raises JudgeError, with what to type, where it is missing."""
+def needed(module: str, extra: str = "eval") -> Any:
+    """Imports a package of an extra; raises JudgeError, with what to type, where it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise JudgeError(
-            f"judging needs {module} ({error}): pip install 'minmo[eval]' && pip install --no-deps {MOONSHINE}"
-        ) from None
+        more = f" && pip install --no-deps {MOONSHINE}" if extra == "eval" else ""
+        raise JudgeError(f"judging needs {module} ({error}): pip install 'minmo[{extra}]'{more}") from None
 
 
 class Moonshine:

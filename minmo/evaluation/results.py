@@ -8,24 +8,28 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.markup import escape
 from rich.table import Table
 
 import minmo
-from minmo.evaluation.material import Material
 from minmo.evaluation.scores import Score
 from minmo.model import MinMo
 
 
 @dataclass(frozen=True)
 class Row:
-    """One score. material: what was heard or said; measure: what is counted; by: who heard it."""
+    """One score. material: what was heard or said; measure: what is counted; by: who heard it; unit: of the score, ""
+    for a share; less: whether less is better; datasets: the public datasets that it is of."""
 
     task: str
     material: str
     measure: str
     score: Score
     by: str = "the model"
+    unit: str = ""
+    less: bool = False
+    datasets: tuple[str, ...] = ()
 
 
 @dataclass
@@ -39,9 +43,11 @@ class Results:
     left_out: list[str] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Writes JSON; raises ValueError where that cannot be."""
+        """Writes JSON, beside it and renamed; raises ValueError where that cannot be."""
+        unfinished = path.with_name(path.name + ".part")
         try:
-            path.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            unfinished.write_text(json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            unfinished.replace(path)
         except OSError as error:
             raise ValueError(
                 f"{path} cannot be written ({error.strerror}); name a file in a folder that exists"
@@ -57,8 +63,8 @@ def tables(results: Results) -> list[Table]:
         title=escape(f"{about['model']}: {weights}"),
     )  # fmt: skip
     for row in results.rows:
-        s = row.score
-        value, interval = ("-", "-") if s.value is None else (f"{s.value:.3f}", f"{s.low:.3f} .. {s.high:.3f}")
+        s, unit = row.score, f" {row.unit}".rstrip()
+        value, interval = ("-", "-") if s.value is None else (f"{s.value:.3f}{unit}", f"{s.low:.3f} .. {s.high:.3f}")
         scores.add_row(row.task, row.material, row.measure, row.by, value, interval, str(s.n), str(s.of))
     scores.caption = escape(
         "n: utterances; of: words or answers; 95 %: bootstrap over utterances; limit "
@@ -75,12 +81,12 @@ def tables(results: Results) -> list[Table]:
     return found
 
 
-def made_with(model: MinMo, material: Material, judges: list[str]) -> dict[str, Any]:
-    """What the scores were made with."""
-    corpus = material.data / "corpus.json"
+def made_with(model: MinMo, judges: list[str], *, seed: int, data: Path | None = None) -> dict[str, Any]:
+    """What scores were made with; data: the corpus folder, whose seed is told where it has one."""
+    corpus = data / "corpus.json" if data is not None else None
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return {
         "model": model.config.name,
         "weights": model.provenance,
@@ -88,7 +94,6 @@ def made_with(model: MinMo, material: Material, judges: list[str]) -> dict[str, 
         "trained": model.trained,
         "minmo": minmo.__version__,
         "judges": judges,
-        "corpus_seed": json.loads(corpus.read_text(encoding="utf-8"))["seed"] if corpus.is_file() else None,
-        "limit": material.limit,
-        "seed": material.seed,
+        "corpus_seed": json.loads(corpus.read_text(encoding="utf-8"))["seed"] if corpus and corpus.is_file() else None,
+        "seed": seed,
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,8 @@ import numpy as np
 from minmo.evaluation.judges import needed
 
 RESAMPLES = 2000
+OTHER = "other"
+"""An answer that is none of the labels."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,17 @@ class Score:
         return "nothing to count" if self.value is None else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+Value = Callable[[np.ndarray], np.ndarray]
+"""Sums (..., k) over utterances -> the values (...) that they come to; NaN where there is nothing to count."""
+
+
+def quotient(sums: np.ndarray) -> np.ndarray:
+    """The first of two sums by the second."""
+    return np.divide(sums[..., 0], sums[..., 1], out=np.full(sums.shape[:-1], np.nan), where=sums[..., 1] > 0)
+
+
 def ratio(
-    counted: Sequence[float], of: Sequence[int], utterances: Sequence[Hashable] | None = None, seed: int = 0
+    counted: Sequence[float], of: Sequence[float], utterances: Sequence[Hashable] | None = None, seed: int = 0
 ) -> Score:
     """sum(counted) / sum(of), with a percentile bootstrap over utterances.
 
@@ -40,23 +51,75 @@ def ratio(
     """
     if not len(counted) == len(of) == len(of if utterances is None else utterances):
         raise ValueError("counted, of and utterances must have an entry each")
-    names = list(dict.fromkeys(range(len(of)) if utterances is None else utterances))
-    place = {name: i for i, name in enumerate(names)}
-    sums = np.zeros((2, len(names)))
-    for entry, name in enumerate(range(len(of)) if utterances is None else utterances):
-        sums[:, place[name]] += counted[entry], of[entry]
-    total = sums.sum(axis=1)
-    n = int((sums[1] > 0).sum())
-    if not n:
+    return in_doubt(estimate(np.asarray([counted, of], np.float64).T.reshape(-1, 2), quotient, utterances, seed))
+
+
+def in_doubt(score: Score) -> Score:
+    """A share with an interval that is not empty (see `ratio`)."""
+    if score.value is None or score.low != score.high:
+        return score
+    low, high = max(0.0, score.value - 3 / score.n), min(max(1.0, score.value), score.value + 3 / score.n)
+    return Score(score.value, low, high, score.n, score.of)
+
+
+def estimate(
+    entries: np.ndarray, value: Value = quotient, utterances: Sequence[Hashable] | None = None, seed: int = 0
+) -> Score:
+    """value(sums of the entries) with a percentile bootstrap over utterances.
+
+    entries (n, k): what each adds to k sums, of which the last is what it counts for (words, answers): utterances for
+    which that is nothing do not count. value: of sums to a score, such as BLEU of n-gram counts.
+    """
+    sums = _by_utterance(entries, utterances)
+    sums = sums[sums[:, -1] > 0]
+    if not len(sums):
         return Score(None, None, None, 0, 0)
-    value = float(total[0] / total[1])
-    weights = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)
-    resampled = sums @ weights.T  # (2, resamples)
-    ratios = resampled[0][resampled[1] > 0] / resampled[1][resampled[1] > 0]
-    low, high = (float(x) for x in np.percentile(ratios, [2.5, 97.5]))
-    if low == high:
-        low, high = max(0.0, value - 3 / n), min(max(1.0, value), value + 3 / n)
-    return Score(value, low, high, n, int(total[1]))
+    total = sums.sum(axis=0)
+    found = value(_resampled(sums, seed))
+    low, high = (float(x) for x in np.percentile(found[np.isfinite(found)], [2.5, 97.5]))
+    return Score(float(value(total[None])[0]), low, high, len(sums), round(total[-1]))
+
+
+def difference(
+    first: np.ndarray,
+    second: np.ndarray,
+    value: Value = quotient,
+    utterances: Sequence[Hashable] | None = None,
+    seed: int = 0,
+) -> Score:
+    """value(second) - value(first) of the same n items, (n, k) each, with a paired bootstrap: both are drawn alike."""
+    if first.shape != second.shape:
+        raise ValueError("both must have an entry for each of the same items")
+    width = first.shape[1]
+    both = _by_utterance(np.concatenate([first, second], axis=1), utterances)
+    both = both[(both[:, width - 1] > 0) & (both[:, -1] > 0)]
+    if not len(both):
+        return Score(None, None, None, 0, 0)
+
+    def apart(sums: np.ndarray) -> np.ndarray:
+        return value(sums[:, width:]) - value(sums[:, :width])
+
+    found = apart(_resampled(both, seed))
+    low, high = (float(x) for x in np.percentile(found[np.isfinite(found)], [2.5, 97.5]))
+    total = both.sum(axis=0)
+    return Score(float(apart(total[None])[0]), low, high, len(both), round(total[-1]))
+
+
+def _by_utterance(entries: np.ndarray, utterances: Sequence[Hashable] | None) -> np.ndarray:
+    """Entries of one utterance added up: (utterances, k), in order of their first entries."""
+    if utterances is None:
+        return entries
+    place = {name: i for i, name in enumerate(dict.fromkeys(utterances))}
+    sums = np.zeros((len(place), entries.shape[1]))
+    np.add.at(sums, [place[name] for name in utterances], entries)
+    return sums
+
+
+def _resampled(sums: np.ndarray, seed: int) -> np.ndarray:
+    """(RESAMPLES, k): sums over utterances drawn with replacement; a few at a time, for n may be ten thousand."""
+    rng, n = np.random.default_rng(seed), len(sums)
+    even = np.full(n, 1 / n)
+    return np.concatenate([rng.multinomial(n, even, RESAMPLES // 20) @ sums for _ in range(20)])
 
 
 def quantile(values: Sequence[float], q: float, utterances: Sequence[Hashable] | None = None, seed: int = 0) -> Score:
@@ -89,12 +152,6 @@ def word_errors(reference: Sequence[str], heard: Sequence[str]) -> int:
     return int(found.substitutions + found.deletions + found.insertions)
 
 
-def word_error_rate(references: Sequence[Sequence[str]], heard: Sequence[Sequence[str]], seed: int = 0) -> Score:
-    """WER over utterances, lists of words each."""
-    errors = [word_errors(r, h) for r, h in zip(references, heard, strict=True)]
-    return ratio(errors, [len(r) for r in references], seed=seed)
-
-
 def right_rate(
     right: Sequence[bool],
     given: Sequence[bool] | None = None,
@@ -113,7 +170,7 @@ def f1(marks: Sequence[tuple[int, int, int]], utterances: Sequence[Hashable] | N
 
 def confusion(truth: Sequence[str], answered: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """counts[true][answered] over `labels`; any other answer counts as "other"."""
-    counts = {label: dict.fromkeys([*labels, "other"], 0) for label in labels}
+    counts = {label: dict.fromkeys([*labels, OTHER], 0) for label in labels}
     for true, answer in zip(truth, answered, strict=True):
-        counts[true][answer if answer in labels else "other"] += 1
+        counts[true][answer if answer in labels else OTHER] += 1
     return counts

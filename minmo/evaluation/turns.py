@@ -7,7 +7,6 @@ scores decisions, and leaves out what a session does after a wrong one.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +15,8 @@ import torch
 from torch import Tensor
 
 from minmo.conversation.turn_taking import Floor, TurnTaking
-from minmo.data.dialogues import duplex_samples
 from minmo.data.duplex import Sample, f1_at_k, position
-from minmo.data.manifest import describe_skipped, read_manifest
 from minmo.data.schema import events_of
-from minmo.evaluation.material import Material
 from minmo.evaluation.scores import Score, f1, right_rate
 from minmo.model import MinMo
 from minmo.modules.duplex import BARGE_IN, TURN_TAKING
@@ -52,26 +48,29 @@ class Turns:
         self.marks.setdefault(name, []).append((score.hits, score.decisions, score.events))
         self.dialogues.setdefault(name, []).append(dialogue)
 
+    def add(self, other: Turns) -> None:
+        """The entries of another dialogue."""
+        for name, marks in other.marks.items():
+            self.marks.setdefault(name, []).extend(marks)
+        for name, right in other.right.items():
+            self.right.setdefault(name, []).extend(right)
+        for name, dialogues in other.dialogues.items():
+            self.dialogues.setdefault(name, []).extend(dialogues)
+
     def judge(self, name: str, dialogue: str, right: bool) -> None:
         self.right.setdefault(name, []).append(right)
         self.dialogues.setdefault(name, []).append(dialogue)
 
 
-def take_turns(model: MinMo, material: Material, name: str = "test-duplex") -> Turns:
-    """Decisions on the dialogues of a manifest; none, noted in `left_out`, where there is no such manifest."""
-    turns, path = Turns(), material.data / f"{name}.jsonl.gz"
-    if not path.is_file():
-        material.left_out.append(f"{name}: the corpus has no such manifest")
-        return turns
-    assert model.tokenizer is not None
+def count_turns(model: MinMo, cut: Any, samples: Sequence[Sample]) -> Turns:
+    """Decisions on one dialogue, a line of the task duplex, and its samples (`minmo.data.dialogues.duplex_samples`)."""
+    if model.tokenizer is None:
+        raise ValueError(f"{model.config.name} has no tokenizer.json; load a checkpoint directory that holds one")
     builder, objective = Builder(model.config, model.tokenizer), DuplexObjective(model).eval()
-    skipped: Counter[str] = Counter()
-    for cut in list(read_manifest(path, on_error="skip", skipped=skipped))[: material.limit]:
-        with torch.inference_mode():
-            logits = objective.logits(builder.duplex([cut])).float()
-        _count(turns, cut, duplex_samples(cut), torch.softmax(logits, dim=-1)[..., 1])
-    if skipped:
-        material.left_out.append(f"{name}: {describe_skipped(skipped)}")
+    with torch.inference_mode():
+        logits = objective.logits(builder.duplex([cut])).float()
+    turns = Turns()
+    _count(turns, cut, samples, torch.softmax(logits, dim=-1)[..., 1])
     return turns
 
 

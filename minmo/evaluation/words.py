@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 
+from minmo.data.languages import CHARACTERS
 from minmo.data.numbers import number_words
+from minmo.evaluation.judges import needed
 
 SIGNS = {"+": "plus", "×": "times", "*": "times", "÷": "divided by", "=": "is", "%": "percent"}
 CONTRACTIONS = {
@@ -39,3 +43,56 @@ def _number(digits: str) -> list[str]:
     if whole <= 100 and str(whole) == digits:
         return number_words(whole).split()
     return [number_words(int(digit)) for digit in digits]
+
+
+def normalised(text: str, language: str) -> list[str]:
+    """What errors are counted in: the words of a text after Whisper's normaliser (PyPI whisper-normalizer), for English
+    with its spellings and numbers; the characters where a language is written without spaces (CHARACTERS).
+
+    The paper counts with a "modified Whisper normaliser", which was not published.
+    """
+    if language in CHARACTERS:
+        return [character for character in _basic()(text) if not character.isspace()]
+    return list((_english() if language == "en" else _basic())(text).split())
+
+
+@cache
+def _english() -> Callable[[str], str]:
+    normaliser: Callable[[str], str] = needed("whisper_normalizer.english").EnglishTextNormalizer()
+    return normaliser
+
+
+@cache
+def _basic() -> Callable[[str], str]:
+    normaliser: Callable[[str], str] = needed("whisper_normalizer.basic").BasicTextNormalizer()
+    return normaliser
+
+
+def same(text: str, other: str, language: str = "en") -> bool:
+    """Whether two texts say the same: as they are said, homophones forgiven, or after Whisper's normaliser."""
+    return any(a == b for a, b in _readings(text, other, language))
+
+
+def holds(text: str, answers: Iterable[str], language: str = "en") -> bool:
+    """Whether a text holds one of some answers, word for word one after the other."""
+    return any(_within(a, b) for answer in answers for b, a in _readings(text, answer, language))
+
+
+def label_in(text: str, labels: Sequence[str]) -> str:
+    """The label that an answer is, or the only one that it names; the answer itself, in lower case, where there is
+    none."""
+    answer = _basic()(text).strip()
+    plain = {label: _basic()(label).strip() for label in labels}
+    exact = [label for label, words in plain.items() if words == answer]
+    named = exact or [label for label, words in plain.items() if _within(words.split(), answer.split())]
+    return named[0] if len(named) == 1 else answer
+
+
+def _readings(text: str, other: str, language: str) -> Iterable[tuple[list[str], list[str]]]:
+    yield normalised(text, language), normalised(other, language)
+    if language not in CHARACTERS:
+        yield spoken(text, forgive=language == "en"), spoken(other, forgive=language == "en")
+
+
+def _within(words: list[str], text: list[str]) -> bool:
+    return bool(words) and any(text[i : i + len(words)] == words for i in range(len(text) - len(words) + 1))

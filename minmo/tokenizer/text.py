@@ -18,10 +18,14 @@ END_OF_TURN = "<|im_end|>"
 END_OF_TEXT = "<|endoftext|>"
 SYSTEM = "You are a helpful assistant."
 
-# Task instructions, the first words of a user turn.
+# Task instructions, the first words of a user turn. The paper prints the first two; the others are this project's.
 TRANSCRIBE = "Speech Transcription"
 TRANSLATE = "Translate {source} into {target}"
 LANGUAGE = "Language Identification"
+EMOTION = "Speech Emotion Recognition"
+SOUND = "Sound Event Detection"
+AGE = "Speaker Age"
+GENDER = "Speaker Gender"
 READ_ALOUD = "Read the following text aloud"
 CHAT = ""
 

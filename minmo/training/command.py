@@ -115,6 +115,27 @@ def nano(
         out.print(f"{name:28} {count:7,} lines {summary['hours'][name]:8.2f} h", highlight=False)
 
 
+@data_app.command("public")
+def public(
+    name: Annotated[str, typer.Argument(help="A public dataset, such as fleurs; a wrong name lists them.")],
+    folder: Annotated[Path, typer.Argument(help="Your copy of it, as its publishers lay it out.")],
+    output: Annotated[Path, typer.Option("-o", "--out", help="The manifest to write (.jsonl or .jsonl.gz).")],
+    task: Annotated[str, typer.Option(help="Of which task (default: the dataset's first).")] = "",
+    language: Annotated[str, typer.Option(help="Code of the language that is heard, such as en.")] = "",
+    into: Annotated[str, typer.Option(help="s2tt: code of the language to translate into.")] = "en",
+    split: Annotated[str, typer.Option(help="Which part of it (default: its test).")] = "",
+) -> None:
+    """Writes a manifest of a public dataset that you have; nothing is downloaded."""
+    if importlib.util.find_spec("lhotse") is None:
+        raise ValueError("manifests need lhotse: pip install 'minmo[eval]'")
+    from minmo.data.public import write_public
+
+    if not output.name.endswith((".jsonl", ".jsonl.gz")):
+        raise ValueError(f"{output} must end with .jsonl or .jsonl.gz; name it so")
+    lines = write_public(name, folder, output, task=task, language=language, into=into, split=split)
+    out.print(f"{output}: {lines:,} lines", highlight=False, markup=False)
+
+
 @data_app.command("tasks")
 def tasks() -> None:
     """What a line of data is, task by task."""

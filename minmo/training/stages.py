@@ -33,6 +33,8 @@ class Stage:
 
 
 OWN = "this project"
+UNDERSTANDING = ("asr", "s2tt", "lid", "ser", "aed", "age", "gender", "qa")
+"""Tasks from speech to text."""
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -66,17 +68,17 @@ STAGES: dict[str, Stage] = {
             after=("text-lm", "speech-tokenizer", "flow"),
         ),
         Stage(
-            "pre-align", ("projector.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa"),
+            "pre-align", ("projector.",), ("text",), UNDERSTANDING,
             "the projector speaks the LLM's language", "paper 3.4, stage 1",
             after=("text-lm", "encoder"),
         ),
         Stage(
-            "full-align", ("projector.", "encoder."), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa"),
+            "full-align", ("projector.", "encoder."), ("text",), UNDERSTANDING,
             "encoder and projector together, at drawn chunk sizes", "paper 3.4, stage 1",
             after=("pre-align",),
         ),
         Stage(
-            "sft", ("llm.",), ("text",), ("asr", "s2tt", "lid", "ser", "aed", "qa", "text"),
+            "sft", ("llm.",), ("text",), (*UNDERSTANDING, "text"),
             "the LLM follows spoken instructions: LoRA on its queries and values, or all that hears and reads",
             "paper 3.4, stage 1", whole=("llm.", "projector.", "encoder."),
             after=("full-align",),

@@ -27,8 +27,8 @@ import soxr
 from rich.progress import track
 
 from minmo.config import SAMPLE_RATE
-from minmo.data.nano import human
-from minmo.data.nano.sentences import SMALL_TALK, Sentence, draw, typed
+from minmo.data.nano import human, strangers
+from minmo.data.nano.sentences import SMALL_TALK, Sentence, draw, language_of, results_right, typed
 from minmo.data.nano.voices import ASSISTANT, VOICES, SynthesisError, Voice, missing_packages, synthesise
 from minmo.data.nano_tokenizer import OPERATIONS
 from minmo.data.numbers import LANGUAGES, number_words
@@ -54,6 +54,8 @@ TESTS = 30
 """Held-out sentences of each voice."""
 SLOW = {"rhvoice": 0.6, "festival": 0.4}
 """How often an engine is drawn, where its voices take longer to speak."""
+JOINED_TESTS = 60
+"""Utterances joined from a person's words."""
 BACKCHANNELS = ("yes", "okay", "uh huh")
 """What users say while the assistant speaks, without taking over: each English voice says all."""
 VALID = 40
@@ -139,7 +141,7 @@ def build(out: Path, scale: float = 1.0, seed: int = 0, jobs: int = 2) -> dict[s
     from minmo.data.nano.dialogues import build_dialogues  # of the extra `train`
 
     out = out.resolve()  # manifests name their sounds, wherever they are read from
-    if missing := sorted({*missing_packages(VOICES), *human.missing_packages()}):
+    if missing := sorted({*missing_packages(VOICES), *human.missing_packages(), *strangers.missing_packages()}):
         raise SynthesisError(
             "the nano corpus needs Debian packages, some of them from contrib and non-free: apt-get install "
             + " ".join(missing)
@@ -154,7 +156,7 @@ def build(out: Path, scale: float = 1.0, seed: int = 0, jobs: int = 2) -> dict[s
     _in_parallel(lambda u: _join(u, out), joined, jobs, "joining")
     people = human.prompts()
     _in_parallel(lambda p: _record(p, out), people, jobs, "people")
-    manifests = _manifests(corpus, people, out)
+    manifests = _manifests(corpus, people, out) | stranger_cuts(people, out, seed)
     counts = {name: _write(cuts, out / f"{name}.jsonl.gz") for name, cuts in manifests.items()}
     counts |= build_dialogues(out, scale, seed)
     summary = {
@@ -240,9 +242,12 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
         for sentence, utterance in said:
             for cut in _asked(_recording(utterance.id, _path(utterance, out)), sentence, utterance.voice.id):
                 task = cut.custom["task"]
-                languages = f"-{sentence.language}" if part.startswith("test") else ""
+                # Languages are told apart: those sentences are one set.
+                languages = f"-{sentence.language}" if part.startswith("test") and task != "lid" else ""
                 add(f"{part}-{task}{languages}", cut)
-                if task == "qa" and sentence.reply in answers:
+                # Whoever judges spoken answers in tests understands English.
+                judged = not part.startswith("test") or language_of(sentence.reply) == "en"
+                if task == "qa" and sentence.reply in answers and judged:
                     spoken = {"target_recording": answers[sentence.reply], "target_recording_unaligned": True}
                     role = part if part.startswith("test") else "valid" if sentence.reply in kept else "train"
                     add(f"{role}-s2s", _cut(cut.recording, f"{cut.id}-s2s", **{**cut.custom, **spoken, "task": "s2s"}))
@@ -251,7 +256,10 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
         add(f"{'valid' if n % VALID == 0 else 'train'}-text", _typed(f"text-{n}", custom))
     for text, recording in answers.items():
         part = "valid" if text in kept else "train"
-        cut = _cut(recording, f"{recording.id}-tts", task="tts", text=text, language="en", target_recording=recording)
+        spoken_in = language_of(text)
+        cut = _cut(
+            recording, f"{recording.id}-tts", task="tts", text=text, language=spoken_in, target_recording=recording
+        )
         cut.recording = None  # nobody asks
         add(f"{part}-tts", cut)
     for u in corpus.backchannels:
@@ -263,6 +271,8 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
         recording = _recording(name, _person(prompt, out))
         by = {"language": prompt.language, "voice": human.SPEAKERS[prompt.language][0]}
         if prompt.name.startswith("digits/"):
+            if prompt.text not in number_set(prompt.language):
+                continue  # "A.M.", "dollars": no numbers
             add(f"test-people-digits-{prompt.language}", _cut(recording, name, task="asr", text=prompt.text, **by))
         elif not prompt.name.startswith(human.TESTS_ONLY) and human.SHORTEST <= recording.duration <= human.LONGEST:
             label = {"instruction": LANGUAGE, "text": LANGUAGES[prompt.language]}
@@ -280,13 +290,37 @@ def _manifests(corpus: Corpus, people: list[human.Prompt], out: Path) -> dict[st
     return manifests
 
 
+def number_set(language: str) -> set[str]:
+    """The numbers of the domain as a language says them."""
+    return {number_words(n, language) for n in range(101)}
+
+
+def stranger_cuts(people: list[human.Prompt], out: Path, seed: int) -> dict[str, list[Any]]:
+    """The manifests of `strangers`, and of English words joined; their sounds are written."""
+    words: dict[str, np.ndarray] = {}
+    for prompt in people:
+        if prompt.language == "en" and prompt.text in strangers.WORDS and prompt.name.startswith(human.TESTS_ONLY):
+            words.setdefault(prompt.text, strangers.trimmed(human.decode(prompt)))
+    joined = strangers.joined(words, JOINED_TESTS, seed)
+    sounds = [("people-joined", "en", text, f"joined-{n}", sound) for n, (text, sound) in enumerate(joined)]
+    for name, language, text, path in strangers.recordings():
+        sounds.append((name, language, text, path.stem, strangers.load(path)))
+    manifests: dict[str, list[Any]] = {}
+    for kind, language, text, stem, sound in sounds:
+        _keep(sound, SAMPLE_RATE, path := out / "sound" / kind / f"{stem}.flac")
+        cut = _cut(_recording(f"{kind}-{stem}", path), f"{kind}-{stem}", task="asr", text=text, language=language)
+        manifests.setdefault(f"test-{kind}-{language}", []).append(cut)
+    return manifests
+
+
 def _asked(recording: Any, sentence: Sentence, voice: str) -> Iterator[Any]:
     """A cut for each task that can be asked about a sound."""
     for task, instruction, text in sentence.tasks():
         name = f"{recording.id}-{task}" + (f"-{instruction.split()[-1]}" if task == "s2tt" else "")
+        accepted = {"answers": right} if task == "qa" and (right := results_right(text)) else {}
         yield _cut(
             recording, name, task=task, instruction=instruction, text=text, source_text=sentence.said,
-            language=sentence.language, voice=voice,
+            language=sentence.language, voice=voice, **accepted,
         )  # fmt: skip
 
 

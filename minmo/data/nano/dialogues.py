@@ -94,10 +94,10 @@ def material_of(out: Path, part: str, seed: int = 0) -> Material | None:
     exchange for it."""
     sources, murmurs = SOURCES[part]
     manifests = [out / f"{name}.jsonl.gz" for name in sources]
-    exchanges = [cut for path in manifests if path.is_file() for cut in read_manifest(path)]
+    exchanges = [cut for path in manifests if path.is_file() for cut in read_manifest(path, root=out)]
     if not exchanges:
         return None
-    backchannels = [utterance(cut) for cut in read_manifest(out / f"{murmurs}.jsonl.gz")]
+    backchannels = [utterance(cut) for cut in read_manifest(out / f"{murmurs}.jsonl.gz", root=out)]
     return Material(_Exchanges(exchanges), backchannels, bursts=[_burst(seed, part, n) for n in range(BURSTS)])
 
 

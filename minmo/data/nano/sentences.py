@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 import zlib
 from dataclasses import dataclass
+from functools import cache
 
 from minmo.data.nano_tokenizer import OPERATIONS
 from minmo.data.numbers import LANGUAGES, number_words
@@ -80,6 +81,27 @@ def facts(language: str = "en") -> list[tuple[str, str]]:
 
 def answer(problem: str, result: str) -> str:
     return f"{problem} is {result}"
+
+
+def results_right(reply: str) -> list[str]:
+    """What an answer to a sum must hold to be right, its result; nothing for another reply."""
+    problem, is_sum, result = reply.rpartition(" is ")
+    return [f"is {result}"] if is_sum and (problem, result) in _every_fact() else []
+
+
+def language_of(reply: str) -> str:
+    """The code of the language that a reply is in: English, but for a number in another one."""
+    return next((code for code in LANGUAGES if reply in _numbers(code)), "en")
+
+
+@cache
+def _numbers(language: str) -> frozenset[str]:
+    return frozenset(number_words(n, language) for n in range(101))
+
+
+@cache
+def _every_fact() -> frozenset[tuple[str, str]]:
+    return frozenset(facts())
 
 
 def draw(language: str, count: int, seed: int = 0) -> list[Sentence]:
