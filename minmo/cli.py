@@ -1,10 +1,11 @@
-"""`minmo`: talk, serve, transcribe, translate, ask, say, info, import, assemble, export, profile, doctor, train,
-tokenize, evaluate and data."""
+"""`minmo`: talk, serve, transcribe, translate, ask, say, chat-text, info, import, voice, assemble, export, profile,
+doctor, train, tokenize, evaluate and data."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from minmo.conversation import verbs
 from minmo.conversation.command import with_a_file, with_the_microphone
 from minmo.conversation.front import FRONTS
 from minmo.conversation.session import Piece
+from minmo.conversation.text_chat import open_chat
 from minmo.conversation.timings import RESAMPLER
 from minmo.conversation.turn_taking import EAGERNESS
 from minmo.conversation.turn_taking import eagerness as turn_taking_of
@@ -41,7 +43,7 @@ from minmo.tokenizer.text import CHAT, READ_ALOUD, TRANSCRIBE, translation
 from minmo.training.command import add_to as add_training
 from minmo.weights import manifest, pick_device
 from minmo.weights.command import add_to as add_weights
-from minmo.weights.command import show_origins, show_parts
+from minmo.weights.command import dtype_of, show_origins, show_parts
 from minmo_kernels.dispatch import OPS, backends_in_use
 
 app = typer.Typer(
@@ -216,6 +218,45 @@ def ask(
         max_speech_ratio, speak=output is not None,
     )  # fmt: skip
     _run(question, output, preset, settings, _given(instruction, CHAT), device, dtype)
+
+
+@app.command()
+def chat_text(
+    folder: Annotated[Path, typer.Argument(help="What `minmo import` made of a language model.")],
+    prompt: Annotated[
+        str | None, typer.Argument(help="One question; without it a conversation, ended by Ctrl-D.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told first (default: its template's).")] = None,
+    seed: Seed = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 0.9,
+    top_k: TopK = 0,
+    max_text_tokens: MaxText = 256,
+    max_positions: Annotated[int, typer.Option(min=1, max=MOST_POSITIONS, help="The longest conversation.")] = 2048,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Types with an imported language model, before a voice is put around it."""
+    settings = minmo.Settings(seed, temperature, top_k, top_p, max_text_tokens=max_text_tokens, speak=False)
+    numbers = dtype_of(dtype) or torch.float32
+    chat = open_chat(folder, system=system, max_positions=max_positions, device=pick_device(device), dtype=numbers)
+    if prompt is not None:
+        _type(chat.say(prompt, settings))
+        return
+    while True:
+        try:
+            typed = input("> ")
+        except EOFError:
+            print()
+            return
+        if typed.strip():
+            _type(chat.say(typed, settings))
+
+
+def _type(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
 
 
 @app.command()

@@ -91,6 +91,10 @@ class TextTokenizer:
             ) from None
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
+    def markup(self, text: str) -> list[int]:
+        """The ids of what a chat template writes: control tokens in it are obeyed. Never for what people say."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; control tokens and ids without a token are left out, broken UTF-8 becomes U+FFFD."""
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
@@ -119,29 +123,31 @@ class TextTokenizer:
         """
         prefix = self.system if first else self.closing
         for user, assistant in history:
-            prefix += self._block("user", user) + self._block("assistant", assistant)
+            prefix += self.block("user", user) + self.block("assistant", assistant)
         parting = self._line_end if instruction and typed else []
-        prefix += [*self._header("user"), *self.encode(instruction), *parting]
-        return prefix, [*self._end(), *self._header("assistant")]
+        prefix += [*self.header("user"), *self.encode(instruction), *parting]
+        return prefix, [*self._end(), *self.header("assistant")]
 
     @property
     def system(self) -> list[int]:
         """What every conversation begins with: the prefix of its first turn starts so."""
-        return self._block("system", SYSTEM)
+        return self.block("system", SYSTEM)
 
     @property
     def closing(self) -> list[int]:
         """What ends the assistant's turn: the prefix of the next one starts so."""
         return self._end()
 
-    def _header(self, role: str) -> list[int]:
+    def header(self, role: str) -> list[int]:
+        """How somebody's words begin: `assistant` where the model is to speak."""
         return [self.start_of_turn, *self.encode(role), *self._line_end]
 
     def _end(self) -> list[int]:
         return [self.end_of_turn, *self._line_end]
 
-    def _block(self, role: str, text: str) -> list[int]:
-        return [*self._header(role), *self.encode(text), *self._end()]
+    def block(self, role: str, text: str) -> list[int]:
+        """Somebody's words, from header to end."""
+        return [*self.header(role), *self.encode(text), *self._end()]
 
     def _control(self, token: str, source: str) -> int:
         found = self._tokenizer.token_to_id(token)

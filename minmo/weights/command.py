@@ -13,6 +13,7 @@ from rich.table import Table
 
 from minmo.weights import manifest
 from minmo.weights.assemble import assemble, find
+from minmo.weights.importers.campplus import open_voice
 from minmo.weights.importers.frame import Importer
 from minmo.weights.importers.table import IMPORTERS
 from minmo.weights.parts import FILE, open_parts, save_parts
@@ -66,10 +67,22 @@ def assemble_(
     _written(output)
 
 
+def voice(
+    sound: Annotated[Path, typer.Argument(help="A sound file in which one person speaks, 1 to 120 s.")],
+    network: Annotated[Path, typer.Option(help="CosyVoice 2's campplus.onnx.")],
+    output: Output,
+) -> None:
+    """Takes the voice of a recording, for an assembled MinMo to speak with: its `--speaker`."""
+    save_parts(open_voice(network, sound), output)
+    show_parts(output)
+    _written(output)
+
+
 def add_to(app: typer.Typer) -> None:
     """Puts the commands beside others."""
     app.command("import")(import_)
     app.command("assemble")(assemble_)
+    app.command()(voice)
 
 
 def show_parts(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """A folder of parts, what `minmo import` writes: `parts.json` (their configurations), weights under a MinMo's names,
-`tokenizer.json` where there is one, and `manifest.json`. It opens as the public files do, and assembles like them."""
+`tokenizer.json` and `chat_template.jinja` where there are such, and `manifest.json`. It opens as the public files do,
+and assembles like them."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from minmo.weights.stored import CheckpointError, indexed, json_file, usable
 from minmo.weights.written import bar, total_bytes, whole, write
 
 FILE = "parts.json"
+TOKENIZER, CHAT_TEMPLATE = "tokenizer.json", "chat_template.jinja"
 
 
 def save_parts(parts: Sequence[Part], out: Path, dtype: torch.dtype | None = None) -> None:
@@ -29,13 +31,17 @@ def save_parts(parts: Sequence[Part], out: Path, dtype: torch.dtype | None = Non
     for part in parts:
         check(part)
     weights = {full(part.name, name): weight for part in parts for name, weight in part.tensors.items()}
-    tokenizer = next((part.tokenizer for part in parts if part.tokenizer), None)
+    llm = next((part for part in parts if part.name == "llm"), None)
+    texts = {} if llm is None else {TOKENIZER: llm.tokenizer, CHAT_TEMPLATE: llm.chat_template}
+    if llm is not None and llm.tokenizer:
+        TextTokenizer(llm.tokenizer, f"the tokenizer of {llm.files[0]}")  # one that a MinMo can use
     with whole(out) as folder, bar("writing", total_bytes(weights, dtype)) as told:
         files = write(weights, folder, dtype, told=told)
         (folder / FILE).write_text(json.dumps({p.name: dict(p.config) for p in parts}, indent=1) + "\n")
-        if tokenizer:
-            TextTokenizer(tokenizer, "tokenizer.json").save(folder / "tokenizer.json")
-        for name in (FILE, *(["tokenizer.json"] if tokenizer else [])):
+        for name, text in texts.items():
+            if text:
+                (folder / name).write_text(text, encoding="utf-8")
+        for name in (FILE, *(name for name, text in texts.items() if text)):
             files[name] = Stamp.of(folder / name)
         manifest.write(folder, {part.name: origin(part, dtype) for part in parts}, files)
 
@@ -49,14 +55,15 @@ def open_parts(folder: Path) -> list[Part]:
     _, weights = indexed(folder)
     if strange := [name for name in weights if name.partition(".")[0] not in configs]:
         raise CheckpointError(f"{folder} has the tensor {strange[0]!r}, of none of its parts: import them again")
-    text = folder / "tokenizer.json"
+    texts = {n: (folder / n).read_text("utf-8") for n in (TOKENIZER, CHAT_TEMPLATE) if (folder / n).is_file()}
     parts = []
     for name, config in configs.items():
         was = origins[name]
         tensors = {n.partition(".")[2]: w for n, w in weights.items() if n.partition(".")[0] == name}
         part = Part(
             name, config, tensors, (folder / FILE,), was.importer,
-            tokenizer=text.read_text("utf-8") if name == "llm" and text.is_file() else None,
+            tokenizer=texts.get(TOKENIZER) if name == "llm" else None,
+            chat_template=texts.get(CHAT_TEMPLATE) if name == "llm" else None,
             start=was.start, notes=was.notes, dropped=was.dropped, zeroed=was.zeroed, origin=was,
         )  # fmt: skip
         check(part)

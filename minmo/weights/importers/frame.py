@@ -62,6 +62,8 @@ class Part:
     importer: str
     tokenizer: str | None = None
     """An LLM's tokenizer.json, its text."""
+    chat_template: str | None = None
+    """An LLM's own way to lay out a conversation, in Jinja; without one it is MinMo's."""
     start: str = ""
     """Why it is no trained part of a MinMo, where it is only a start for training ("… is Whisper's, …"); else empty."""
     notes: tuple[str, ...] = ()
@@ -89,8 +91,9 @@ class Importer:
 
 @dataclass(frozen=True)
 class Made:
-    """How one tensor of ours is made of released ones: join(one tensor for each source). It runs on meta tensors first,
-    which tells the shape. shapes: those of the sources, where the joined one alone would not show a wrong one."""
+    """How one tensor of ours is made of released ones, or of none: join(one tensor for each source). It runs on meta
+    tensors first, which tells the shape. shapes: those of the sources, where the joined one alone would not show a
+    wrong one."""
 
     sources: tuple[str, ...]
     join: Callable[..., Tensor] = field(default=lambda tensor: tensor)
@@ -202,4 +205,5 @@ def _made(ours: str, made: Made, stored: Weights, where: str, wanted: tuple[int,
             f"{where}: {made.sources[0]!r} has the shape {sources[0].shape}, which makes {ours!r} "
             f"{tuple(whole.shape)}, and its size wants {wanted}"
         )
-    return Weight(tuple(whole.shape), whole.dtype, lambda: made.join(*(w.read() for w in sources)), sources[0].where)
+    file = sources[0].where if sources else where
+    return Weight(tuple(whole.shape), whole.dtype, lambda: made.join(*(w.read() for w in sources)), file)
