@@ -158,7 +158,7 @@ def test_nano_answers(serve, browse, tmp_path):
         drawing = minmo.Settings(temperature=0.0, max_text_tokens=16)
         page = browse(serve(scheduler, drawing=drawing).url, silence(1), SUM, silence(12))
         page.get_by_role("button", name="Talk").click()
-        wait_for_text(page, ".assistant", "eight")
+        wait_for_text(page, ".assistant", "five plus three is eight")
         wait_for_level(page, "minmo")
         wait_for_text(page, ".user", "[a-z]")
         page.screenshot(path=tmp_path / "nano.png")
