@@ -151,6 +151,14 @@ class Conversation:
     def history(self) -> History:
         return self._branches.history
 
+    def heard_replies(self) -> dict[int, str]:
+        """The replies that the context holds, by number, as far as they have been heard by now."""
+        ids = {exchange.number: exchange.reply for exchange in self.history.exchanges}
+        if self._answer is not None and self._answer.number in ids:
+            ids[self._answer.number] = self._answer.ids[: self._tokens_heard(self._answer)]
+        # A cut between the tokens of one character leaves a part of it.
+        return {number: self.tokenizer.decode(reply).rstrip("\ufffd") for number, reply in ids.items()}
+
     @property
     def phase(self) -> Phase:
         return self._floor.phase

@@ -45,12 +45,13 @@ class History:
         self._spoken_ms, self._spoken_tokens = 0.0, 0
 
     @classmethod
-    def of_texts(cls, model: MinMo, texts: Sequence[tuple[str, str]]) -> History:
-        """A history from what the user and the assistant said, as if all of it had been typed. Raises ValueError for a
-        text that the model cannot read."""
+    def of_texts(cls, model: MinMo, texts: Sequence[tuple[str | None, str]]) -> History:
+        """A history from what the user and the assistant said, as if all of it had been typed; None stands for a turn
+        of which no word is known. Raises ValueError for a text that the model cannot read."""
         history, tokenizer = cls(), check(model, Settings(), 1)
         for user, reply in texts:
-            ids = torch.tensor(readable(tokenizer, user), device=model.device)
+            known = [] if user is None else readable(tokenizer, user)
+            ids = torch.tensor(known, dtype=torch.int64, device=model.device)
             heard = readable(tokenizer, reply) if reply else []
             history.exchanges.append(Exchange(model.llm.embed(ids), heard, typed=True))
         return history
@@ -87,7 +88,7 @@ class History:
         """What the LLM reads before the open turn, (n, dim)."""
         ids, places = (torch.tensor(x, device=model.device) for x in self.layout(tokenizer))
         x = model.llm.embed(ids.clamp(min=0))
-        if not self.exchanges:
+        if not any(len(exchange.user) for exchange in self.exchanges):
             return x
         sound = torch.cat([exchange.user for exchange in self.exchanges])
         return torch.where((places >= 0)[:, None], sound[places.clamp(min=0)].to(x.dtype), x)

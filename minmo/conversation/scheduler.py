@@ -77,13 +77,13 @@ class Scheduler:
         settings: Settings = Settings(),  # noqa: B008 (frozen)
         turn_taking: TurnTaking = TurnTaking(),  # noqa: B008 (frozen)
         *,
-        history: History | Sequence[tuple[str, str]] | None = None,
+        history: History | Sequence[tuple[str | None, str]] | None = None,
         transcribe: bool = False,
     ) -> Line:
         """A new conversation; from any thread, which waits for at most one step.
 
         on_events: called in the engine's thread with events in order; it must not block, and a conversation whose
-        callback raises ends. history: what was said before, or its texts (the user's, the assistant's). transcribe:
+        callback raises ends. history: what was said before, or its texts (as in `History.of_texts`). transcribe:
         tell what the user said, as `UserText`. Raises Refused where one more cannot be served in time, and ValueError
         for settings that cannot be.
         """
@@ -185,7 +185,7 @@ class Scheduler:
         on_events: Callable[[list[Event]], None],
         settings: Settings,
         turn_taking: TurnTaking,
-        history: History | Sequence[tuple[str, str]] | None,
+        history: History | Sequence[tuple[str | None, str]] | None,
         transcribe: bool,
     ) -> Line:
         running = len(self._lines)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -24,6 +24,7 @@ from minmo.serving.hall import Hall
 from minmo.serving.protocol import error_event
 from minmo.serving.recording import Recorder
 from minmo.serving.settings import SessionSettings
+from minmo.serving.store import Kept, Shelf, Store
 from minmo.serving.telemetry import Metrics, log
 
 PAGE = Path(__file__).parent / "page"
@@ -46,11 +47,14 @@ HEADERS = {
 OUR_CODES = {1000, 1001, 1005, 1006, 1008, 1011, 1012, 4000}
 """With which connections end, unless their clients name another."""
 QUERY = {"model", "duplex", "resume"}
+MOST_KEPT = 64
+"""Sessions that wait for their clients at once; of more, the oldest are given up."""
 
 
 @dataclass(eq=False)
 class Server:
-    """What the routes share. name: of the model. record: where sessions are recorded, nowhere by default."""
+    """What the routes share. name: of the model. record: where sessions are recorded, nowhere by default. store: where
+    they wait for their clients, here by default."""
 
     scheduler: Scheduler
     name: str
@@ -58,12 +62,15 @@ class Server:
     guard: Guard = field(default_factory=Guard)
     limits: Limits = Limits()  # noqa: RUF009 (frozen)
     record: Path | None = None
+    store: Store | None = None
 
     def __post_init__(self) -> None:
-        self.hall = Hall(
-            self.scheduler, SessionSettings(self.name, self.drawing.max_text_tokens), self.drawing, self.limits
-        )
+        settings = SessionSettings(self.name, self.drawing.max_text_tokens)
+        store = self.store or Shelf[Kept](self.limits.resume_s, MOST_KEPT)
+        self.hall = Hall(self.scheduler, settings, self.drawing, self.limits, store)
         self.metrics = Metrics(self.scheduler)
+        self.exposition: Callable[[], Awaitable[bytes]] = self._own_figures
+        """What /metrics answers."""
 
     def app(self) -> Starlette:
         pages = [Route(path, _page(*what)) for path, what in PAGES.items()]
@@ -98,7 +105,10 @@ class Server:
             self.guard.admit(request)
         except Denied as denied:
             return _denial(denied)
-        return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await self.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+    async def _own_figures(self) -> bytes:
+        return self.metrics.exposition()
 
     async def realtime(self, websocket: WebSocket) -> None:
         """One connection, from its request to its end."""

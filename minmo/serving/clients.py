@@ -228,15 +228,18 @@ def _addresses(url: str) -> tuple[str, str]:
 
 
 def _metrics(url: str, key: str | None) -> dict[str, float]:
-    """The server's metrics without labels. Raises ValueError where it gives none."""
+    """The server's metrics, summed over what they are labelled with. Raises ValueError where it gives none."""
     request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
     try:
         with urllib.request.urlopen(request, timeout=OPEN_SECONDS) as answer:
             text = answer.read().decode("utf-8")
     except (urllib.error.URLError, OSError) as error:
         raise ValueError(f"{url} gives no metrics ({error}): is the server running, and the key right?") from None
-    pairs = [line.split() for line in text.splitlines() if line and line[0] != "#" and "{" not in line]
-    return {pair[0]: float(pair[1]) for pair in pairs}
+    found: dict[str, float] = {}
+    for name, value in (line.rsplit(" ", 1) for line in text.splitlines() if line and line[0] != "#"):
+        plain = name.partition("{")[0]
+        found[plain] = found.get(plain, 0.0) + float(value)
+    return found
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""`minmo serve`: a model, its scheduler and the app on uvicorn, and an orderly end on SIGTERM."""
+"""`minmo serve`: a model, its scheduler and the app, on uvicorn or on the replicas of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 from minmo.console import err
 from minmo.conversation import Settings
-from minmo.fast import FastMinMo
+from minmo.conversation.front import installed
 from minmo.fast.linear import WEIGHTS
-from minmo.model import concerns
 
 
 def serve(
@@ -50,16 +48,26 @@ def serve(
     session_seconds: Annotated[float, typer.Option(min=1, help="Longest session.")] = 3600.0,
     idle_seconds: Annotated[float, typer.Option(min=1, help="Longest silence of a client.")] = 300.0,
     drain_seconds: Annotated[float, typer.Option(min=0, help="On SIGTERM, replies may go on for so long.")] = 10.0,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Serve by replicas on a Ray cluster, one a GPU or, where there is none, a core. Its HOST:PORT, or "
+            "auto for the one that this machine belongs to. --sessions are a replica's.",
+        ),
+    ] = None,
+    replicas: Annotated[int, typer.Option(min=1, help="On a cluster, at least so many.")] = 1,
+    max_replicas: Annotated[
+        int | None, typer.Option(min=1, help="On a cluster, at most so many (default: a GPU each, or a core).")
+    ] = None,
 ) -> None:
     """Serves the realtime protocol of OpenAI's SDKs (WS /v1/realtime) and a page that talks (GET /)."""
     try:
-        from minmo.serving.app import Server
-        from minmo.serving.guard import Guard, Limits, is_local
+        from minmo.serving.guard import Limits, is_local
+        from minmo.serving.plan import FREE, Plan
         from minmo.serving.run import check_pair, config, run
     except ImportError as error:
         raise ValueError(f"serving needs more packages ({error.name} is missing): pip install 'minmo[serve]'") from None
-    from minmo.conversation.budget import Budget
-    from minmo.conversation.scheduler import Scheduler
 
     keys = _keys(api_keys)
     local = is_local(host)
@@ -78,33 +86,31 @@ def serve(
             "localhost, and keys and sound travel in the clear",
             style="yellow", highlight=False, markup=False, soft_wrap=True,
         )  # fmt: skip
-    if record is not None:
-        record.mkdir(parents=True, exist_ok=True)
-    drawing = Settings(seed=seed, temperature=temperature, max_text_tokens=max_text_tokens)
-    if "OMP_NUM_THREADS" not in os.environ:
-        # A core is left to the sockets: with none of its own, what they do makes ticks late.
-        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
-    model = FastMinMo.from_pretrained(
-        preset, device, rows=2 * sessions + 1, max_positions=max_positions, weights=weights
+    plan = Plan(
+        preset,
+        sessions,
+        None if measure else FREE,
+        weights,
+        max_positions,
+        Settings(seed=seed, temperature=temperature, max_text_tokens=max_text_tokens),
+        device,
+        tuple(keys),
+        tuple(origin or ()),
+        local,
+        Limits(session_s=session_seconds, idle_s=idle_seconds, sessions_per_key=sessions_per_key),
+        record,
     )
-    if not model.trained:
-        err.print(
-            f"UNTRAINED: {model.config.name} has {model.provenance}; its replies mean nothing",
-            style="yellow", highlight=False, markup=False, soft_wrap=True,
-        )  # fmt: skip
-    else:
-        for concern in concerns(model.origins):
-            err.print(f"{preset}: {concern}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-    nothing = {1: 0.001}
-    budget = None if measure else Budget(nothing, nothing, nothing, nothing, nothing)  # as if steps cost nothing
-    scheduler = Scheduler(model, budget=budget, max_sessions=sessions)
-    limits = Limits(session_s=session_seconds, idle_s=idle_seconds, sessions_per_key=sessions_per_key)
-    guard = Guard(keys, origin or (), local=local)
-    server = Server(scheduler, Path(preset).name, drawing, guard, limits, record)
+    if cluster is not None:
+        installed("ray.serve", "a cluster", "cluster")
+        from minmo.serving.cluster import Scale, run_on
+
+        run_on(cluster, plan, host, port, tls_cert, tls_key, Scale(replicas, max_replicas, drain_seconds))
+        return
+    server = plan.server()
     try:
         run(config(server.app(), host, port, tls_cert, tls_key), server.hall, drain_seconds)
     finally:
-        scheduler.close()
+        server.scheduler.close()
 
 
 def _keys(file: Path | None) -> list[str]:

@@ -4,43 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 
 from minmo.conversation import Conversation, History, Phase, Settings
 from minmo.conversation.events import Event
-from minmo.conversation.scheduler import Line, Scheduler
+from minmo.conversation.scheduler import Action, Line, Scheduler
 from minmo.serving.connection import Connection
 from minmo.serving.guard import Denied, Limits
-from minmo.serving.items import Items
 from minmo.serving.protocol import error_event
 from minmo.serving.session import Session
 from minmo.serving.settings import SessionSettings
+from minmo.serving.store import Kept, Store, StoreError
+from minmo.serving.telemetry import log
 
-MOST_KEPT = 64
-"""Sessions that wait for their clients at once; of more, the oldest are given up."""
-
-
-@dataclass(frozen=True, eq=False)
-class Kept:
-    """What stays of a session whose client has gone: no rows, no caches. reply numbers of items are the history's."""
-
-    settings: SessionSettings
-    items: Items
-    history: History
-    conversation_id: str
+SAVE_S = 0.25
+"""A session that goes on is put into its store no more often than this."""
 
 
 class Hall:
-    """settings: of a session at its beginning. drawing: how replies are drawn, with the longest that may be."""
+    """settings: of a session at its beginning. drawing: how replies are drawn, with the longest that may be. store:
+    where sessions wait for their clients."""
 
-    def __init__(self, scheduler: Scheduler, settings: SessionSettings, drawing: Settings, limits: Limits) -> None:
+    def __init__(
+        self, scheduler: Scheduler, settings: SessionSettings, drawing: Settings, limits: Limits, store: Store
+    ) -> None:
         self._scheduler, self._settings, self._drawing, self._limits = scheduler, settings, drawing, limits
+        self._store = store
         self.live: dict[Session, tuple[str, Connection]] = {}
         """Whose each session is, and its connection."""
-        self._tokens: dict[str, Session | Kept] = {}
-        self._owners: dict[str, str] = {}
+        self._tokens: dict[str, Session] = {}
+        """Of live sessions."""
+        self._saving: dict[Session, asyncio.Task[None]] = {}
         self.draining = False
 
     def check_room(self, key: str) -> None:
@@ -67,6 +65,7 @@ class Hall:
             connection.send,
             connection.end,
             duplex=duplex,
+            by_words=duplex and self._store.outlives,
         )
         try:
             self.check_room(key)  # again: others may have come in meanwhile
@@ -74,18 +73,27 @@ class Hall:
             if kept is not None:
                 session.items, session.conversation_id = kept.items, kept.conversation_id
             session.begin(await self._open(session, None if kept is None else kept.history))
+            if kept is not None:
+                for text in kept.unanswered:
+                    await session.do(_typing(text))
+                session.renumber(kept.numbers)
         except BaseException:
+            session.close()
             self.live.pop(session, None)
             if kept is not None and token is not None:
-                self._keep(token, key, kept)
+                with contextlib.suppress(StoreError):  # what kept it out is what is told
+                    await self._store.put_back(token, key, kept)
             raise
         if not duplex:
             return session, None
         token = secrets.token_urlsafe(24)
-        self._tokens[token], self._owners[token] = session, key
+        self._tokens[token] = session
+        if self._store.outlives:
+            session.changed.set()
+            self._saving[session] = asyncio.create_task(self._save(session, token))
         return session, token
 
-    async def _open(self, session: Session, history: History | None) -> Line:
+    async def _open(self, session: Session, history: History | Sequence[tuple[str | None, str]] | None) -> Line:
         """A conversation for a session. Of a session that is cancelled meanwhile it ends as soon as it is there."""
         loop = asyncio.get_running_loop()
         opening = asyncio.ensure_future(
@@ -95,7 +103,7 @@ class Hall:
                 self._drawing,
                 session.turn_taking(session.settings),
                 history=history,
-                transcribe=session.settings.transcription,
+                transcribe=session.settings.transcription or session.by_words,
             )
         )
         try:
@@ -107,11 +115,16 @@ class Hall:
     async def leave(self, session: Session, token: str | None) -> None:
         """Its client has gone, or it is over: its rows are free, and with a token it may be taken up for a while."""
         key, connection = self.live[session]
-        history: list[History] = []
+        saving = self._saving.pop(session, None)
+        if saving is not None:
+            saving.cancel()
+            await asyncio.wait([saving])  # what it puts must not come after what is put below
+        kept: list[Kept] = []
 
         def put_away(conversation: Conversation) -> list[Event]:
-            history.append(conversation.history)
-            return conversation.stop() if conversation.phase in (Phase.TAKING, Phase.SPEAKING) else []
+            events = conversation.stop() if conversation.phase in (Phase.TAKING, Phase.SPEAKING) else []
+            kept.append(_kept(session, conversation))
+            return events
 
         try:
             with contextlib.suppress(RuntimeError):  # it has failed, and has told so
@@ -119,14 +132,17 @@ class Hall:
         finally:
             session.close()
             del self.live[session]
-            if token is not None:
-                self._tokens.pop(token, None)
-                self._owners.pop(token, None)
-                if history:
-                    session.renumber(history[0])
-                    kept = Kept(session.settings, session.items, history[0], session.conversation_id)
-                    self._keep(token, key, kept)
-            connection.gone.set()
+            try:
+                if token is not None:
+                    self._tokens.pop(token, None)
+                    if kept:
+                        for item in session.items:
+                            item.sound = None
+                        await self._store.put(token, key, kept[0], waiting=True)
+            except StoreError as error:
+                log("not kept", session.id, level=logging.WARNING, why=str(error))
+            finally:
+                connection.gone.set()
 
     async def drain(self, seconds: float) -> None:
         """No session begins any more; each ends when its reply is over, all of them after so many seconds."""
@@ -145,31 +161,63 @@ class Hall:
 
     async def _take_up(self, key: str, token: str) -> Kept:
         """Raises Denied. A session that is live is taken from its connection: of two, the later one is the client's."""
-        found = self._tokens.get(token) if self._owners.get(token) == key else None
-        if isinstance(found, Session):
+        found = self._tokens.get(token)
+        if found is not None and self.live[found][0] == key:
             _, connection = self.live[found]
-            connection.send({"type": "session.replaced", "session_id": found.id})
-            connection.end(4000, "the session goes on in another connection")
+            _replace(found, connection)
             await connection.gone.wait()
-            found = self._tokens.get(token)
-        if not isinstance(found, Kept):
+        try:
+            kept = await self._store.take(token, key)
+        except StoreError as error:
+            raise Denied(503, "resume_unavailable", f"{error}; begin another session, or try again") from None
+        if kept is None or kept.settings.model != self._settings.model:
             raise Denied(404, "session_not_found", "there is no such session to resume, or not any more; begin another")
-        del self._tokens[token], self._owners[token]
-        return found
+        return replace(kept, settings=replace(kept.settings, most_tokens=self._settings.most_tokens))
 
-    def _keep(self, token: str, key: str, kept: Kept) -> None:
-        for item in kept.items:
-            item.sound = None
-        waiting = [token for token, found in self._tokens.items() if isinstance(found, Kept)]
-        if len(waiting) >= MOST_KEPT:
-            del self._tokens[waiting[0]], self._owners[waiting[0]]
-        self._tokens[token], self._owners[token] = kept, key
+    async def _save(self, session: Session, token: str) -> None:
+        """Puts a live session into a store that outlives this server: when it has changed, and often enough to stay."""
+        key, connection = self.live[session]
+        told = False
+        while True:
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(session.changed.wait(), self._limits.resume_s / 4)
+            session.changed.clear()
+            kept: list[Kept] = []
 
-        def forget() -> None:
-            if self._tokens.get(token) is kept:
-                del self._tokens[token], self._owners[token]
+            def look(conversation: Conversation, kept: list[Kept] = kept) -> list[Event]:
+                kept.append(_kept(session, conversation))
+                return []
 
-        asyncio.get_running_loop().call_later(self._limits.resume_s, forget)
+            try:
+                await session.do(look)
+            except RuntimeError:
+                return  # it has ended
+            try:
+                ours, told = await self._store.put(token, key, kept[0], waiting=False), False
+                if not ours:
+                    _replace(session, connection)
+                    return
+            except StoreError as error:
+                if not told:
+                    log("not kept", session.id, level=logging.WARNING, why=str(error))
+                    why = f"{error}: this session goes on, but cannot be resumed until it does"
+                    connection.send(error_event(why, "resume_unavailable", kind="server_error"))
+                told = True
+            await asyncio.sleep(SAVE_S)
+
+
+def _kept(session: Session, conversation: Conversation) -> Kept:
+    return Kept.of(session.settings, session.items, session.conversation_id, conversation)
+
+
+def _typing(text: str) -> Action:
+    return lambda conversation: conversation.typed(text)
+
+
+def _replace(session: Session, connection: Connection) -> None:
+    """Of two connections for one session, the later one is the client's."""
+    connection.send({"type": "session.replaced", "session_id": session.id})
+    connection.end(4000, "the session goes on in another connection")
 
 
 def _close_late(opening: asyncio.Future[Line]) -> None:

@@ -11,6 +11,8 @@ from minmo.serving.sound import to_base64
 
 MOST_ITEMS = 1000
 """Of a longer conversation the oldest items can be named no more."""
+FORGOTTEN = -1
+"""Number of a reply that the context does not hold any more."""
 MOST_MS = 60_000
 KEPT_BYTES = 8 << 20
 """Sound that is kept for `conversation.item.retrieve`: of older items none is."""
@@ -19,7 +21,8 @@ KEPT_BYTES = 8 << 20
 @dataclass(eq=False)
 class Item:
     """One message. kind: of its content. text: its words, or its sound's transcript where there is one. reply: the
-    number of the reply that it is, or that answered it. bytes_per_ms: of its sound's format."""
+    number of the reply that it is, or that answered it. bytes_per_ms: of its sound's format. heard: what the model
+    understood of the user's sound, where it was asked; told only as `text`."""
 
     id: str
     role: str
@@ -31,6 +34,12 @@ class Item:
     sound: bytearray | None = field(default_factory=bytearray)
     """None once it is kept no more."""
     sound_ms: float = 0.0
+    heard: str = ""
+
+    @property
+    def words(self) -> str:
+        """Of the user's: what was typed, or understood."""
+        return self.heard or self.text or ""
 
     def as_json(self, with_sound: bool = False) -> Json:
         content: Json = {"type": self.kind}

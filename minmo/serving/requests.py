@@ -14,10 +14,10 @@ from minmo.conversation.events import Event
 from minmo.conversation.line import MOST_WAITING_S
 from minmo.conversation.scheduler import Refused
 from minmo.serving import protocol
-from minmo.serving.items import Item
+from minmo.serving.items import FORGOTTEN, Item
 from minmo.serving.protocol import Json, ProtocolError, a_number, a_string, an_object, check_fields, error_event, new_id
 from minmo.serving.response import Wishes
-from minmo.serving.session import FORGOTTEN, Session
+from minmo.serving.session import Session
 
 LEAST_MS = 100
 """Sound that a client must have sent to commit it."""
@@ -29,7 +29,10 @@ async def receive(session: Session, text: str) -> None:
     try:
         event = protocol.decode(text)
         name = protocol.event_id(event)
-        await HANDLERS[protocol.check(event, duplex=session.duplex)](session, event)
+        kind = protocol.check(event, duplex=session.duplex)
+        await HANDLERS[kind](session, event)
+        if kind != "input_audio_buffer.append":
+            session.changed.set()
     except ProtocolError as error:
         session.send(error_event(str(error), error.code, param=error.param, client_event=name))
     except Refused as error:

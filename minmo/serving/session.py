@@ -11,12 +11,12 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from minmo.config import SAMPLE_RATE, TICK
-from minmo.conversation import History, Phase, Settings, TurnTaking, eagerness
+from minmo.conversation import Phase, Settings, TurnTaking, eagerness
 from minmo.conversation.events import (
     Decision,
     Event,
@@ -32,7 +32,7 @@ from minmo.conversation.events import (
 )
 from minmo.conversation.scheduler import Action, Line
 from minmo.conversation.turn_taking import BY_REQUEST, Floor
-from minmo.serving.items import Item, Items
+from minmo.serving.items import FORGOTTEN, Item, Items
 from minmo.serving.microphone import Microphone
 from minmo.serving.protocol import Json, error_event, new_id
 from minmo.serving.recording import Recorder
@@ -45,8 +45,6 @@ ATTENTION_S = 10.0
 """How long silence is heard in place of a client's sound that has ended, unless a reply runs."""
 BEHIND_MS = 400.0
 """Sound that may wait to be heard while silence still takes the place of more."""
-FORGOTTEN = -1
-"""Number of a reply that the context does not hold any more."""
 KEPT_RESPONSES = 16
 """Newest responses whose playback may still be acknowledged."""
 
@@ -54,7 +52,7 @@ KEPT_RESPONSES = 16
 class Session:
     """settings: as at the beginning. drawing: how replies are drawn. rate: of the model's sound. send: takes a server
     event; end: closes the connection, with a WebSocket code and a reason. duplex: whether the client wants the events
-    of `?duplex=1`, too."""
+    of `?duplex=1`, too. by_words: whether it may be resumed by what was said: then its turns are always transcribed."""
 
     def __init__(
         self,
@@ -65,11 +63,15 @@ class Session:
         end: Callable[[int, str], None],
         *,
         duplex: bool = False,
+        by_words: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.recorder: Recorder | None = None
         self.id, self.conversation_id = new_id("sess"), new_id("conv")
         self.settings, self.duplex, self.items = settings, duplex, Items()
+        self.by_words = by_words
+        self.changed = asyncio.Event()
+        """Set when something has changed that a session goes on with when it is resumed."""
         self._send, self._end, self.clock = send, end, clock
         self._drawing, self._rate = drawing, rate
         self.line: Line | None = None
@@ -126,9 +128,9 @@ class Session:
             self.line.close()
             self.line = None
 
-    def renumber(self, history: History) -> None:
-        """Another conversation will count its replies from this history: items go by those numbers."""
-        numbers = {exchange.number: at for at, exchange in enumerate(history.exchanges)}
+    def renumber(self, exchanges: Sequence[int]) -> None:
+        """A conversation goes on from exchanges of these numbers, and counts them from 0: items go by its numbers."""
+        numbers = {number: at for at, number in enumerate(exchanges)}
         for item in self.items:
             if item.reply is not None:
                 item.reply = numbers.get(item.reply, FORGOTTEN)
@@ -169,7 +171,7 @@ class Session:
 
     async def transcribe(self, wanted: bool) -> None:
         """Whether the user's turns are transcribed. Raises Refused where there is no time for it."""
-        if self.line is not None and wanted != self.settings.transcription:
+        if self.line is not None and wanted != self.settings.transcription and not self.by_words:
             await asyncio.wrap_future(self.line.transcribe(wanted))
 
     def hear(self, sound: np.ndarray) -> None:
@@ -231,6 +233,8 @@ class Session:
             self._end(1011, "the session failed")
 
     def _decision(self, event: Decision) -> None:
+        if event.phase is not self._phase:
+            self.changed.set()
         self._phase, self._at_ms = event.phase, event.at_ms
         if self.duplex:
             speaks = event.phase in (Phase.TAKING, Phase.SPEAKING)
@@ -307,7 +311,11 @@ class Session:
 
     def _user_text(self, event: UserText) -> None:
         item = next((i for i in self.items if i.reply == event.reply and i.kind == "input_audio"), None)
-        if item is None or not self.settings.transcription:
+        if item is None:
+            return
+        item.heard = event.text
+        self.changed.set()
+        if not self.settings.transcription:
             return
         told: Json = {"item_id": item.id, "content_index": 0}
         kind = "conversation.item.input_audio_transcription"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -59,6 +59,10 @@ class Metrics:
             "minmo_closed", "Sessions that ended, by WebSocket code.", ["code"], registry=self.registry
         )
         self.registry.register(_Scheduler(scheduler))
+
+    def exposition(self) -> bytes:
+        """All of it, in Prometheus' text format."""
+        return generate_latest(self.registry)
 
 
 class _Scheduler(Collector):

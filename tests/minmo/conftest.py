@@ -23,11 +23,13 @@ class ScriptedConversation:
     """What a `Line`'s actions may ask of a conversation."""
 
     def __init__(self, line, settings, turn_taking, history):
-        from minmo.conversation import History, Phase
+        from minmo.conversation import Exchange, History, Phase
 
         self.line, self.turn_taking, self.most = line, turn_taking, settings.max_text_tokens
         self._settings, self.phase = settings, Phase.LISTENING
-        self.history = History() if history is None else history
+        self.history = history if isinstance(history, History) else History()
+        self.given_texts = history if isinstance(history, list) else []
+        self.history.exchanges += [Exchange(None, []) for _ in self.given_texts]
         self.replies = self.history.number()
         self.heard = 0  # ticks since the last turn
         self.acknowledged, self.typed_texts, self.removed = [], [], []
@@ -71,6 +73,9 @@ class ScriptedConversation:
         self.history.remove(number)
         self.removed.append(number)
         return []
+
+    def heard_replies(self):
+        return {exchange.number: "three and four" for exchange in self.history.exchanges}
 
     def played(self, reply, ms):
         self.acknowledged.append((reply, ms))

@@ -210,11 +210,17 @@ def test_a_history_of_texts_is_as_if_typed(engine, scheduler):
     assert opened == [True], "its history was read first, piece by piece"
     (typed,), given = first.conversation.history.exchanges, resumed.conversation.history.exchanges[0]
     assert torch.equal(typed.user, given.user) and given.reply == engine.tokenizer.encode("five")
+    assert first.conversation.heard_replies() == {0: engine.tokenizer.decode(typed.reply)}
+    assert resumed.conversation.heard_replies() == {0: "five"}
     resumed.line.do(lambda c: c.typed("seven")).result(WAIT_S)
     (taken,) = resumed.line.do(Conversation.take_turn).result(WAIT_S)
     assert taken.reply == 1
     with pytest.raises(ValueError, match="empty"):
         scheduler.open(print, TEXT, history=[("", "five")])
+    unheard = Client(scheduler, TEXT, BY_REQUEST, history=[(None, "five")])
+    unheard.settle()
+    assert len(unheard.conversation.history.exchanges[0].user) == 0
+    assert unheard.conversation.heard_replies() == {0: "five"}
 
 
 def test_the_row_of_transcripts_comes_back(engine, scheduler):

@@ -17,7 +17,7 @@ from realtime_client import SILENCE, VOICE, Client, get, until_true  # noqa: E40
 from websockets.exceptions import ConnectionClosed, InvalidMessage, InvalidStatus  # noqa: E402
 from websockets.sync.client import connect  # noqa: E402
 
-from minmo.serving import command  # noqa: E402
+from minmo.serving import command, plan  # noqa: E402
 from minmo.serving.guard import Guard, Limits  # noqa: E402
 
 
@@ -58,7 +58,7 @@ def test_our_own_page_and_those_that_are_let_in(serve, scripted, client):
 
 def test_it_does_not_open_to_strangers(tmp_path, monkeypatch):
     """All of it is said before a model is loaded."""
-    monkeypatch.setattr(command.FastMinMo, "from_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr(plan.FastMinMo, "from_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
     (short := tmp_path / "short").write_text("secret\n")
     (empty := tmp_path / "empty").write_text("\n")
     (pem := tmp_path / "cert.pem").write_text("")
@@ -141,7 +141,7 @@ def test_tls(serve, scripted, client, certified):
 
 def test_certificates_that_are_none(certified, tmp_path, monkeypatch):
     """One sentence, before a model is loaded."""
-    monkeypatch.setattr(command.FastMinMo, "from_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
+    monkeypatch.setattr(plan.FastMinMo, "from_pretrained", lambda *a, **k: pytest.fail("it was loaded"))
     (certificate, key), (_, other) = certified("ours"), certified("another")
     locked, words = tmp_path / "locked.key", tmp_path / "words"
     words.write_text("no certificate\n")

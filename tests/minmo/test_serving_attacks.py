@@ -28,6 +28,7 @@ from minmo.serving.hall import Hall  # noqa: E402
 from minmo.serving.recording import Recorder  # noqa: E402
 from minmo.serving.session import Session  # noqa: E402
 from minmo.serving.settings import SessionSettings  # noqa: E402
+from minmo.serving.store import Shelf  # noqa: E402
 
 MESSAGE = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "two plus two"}]}
 HOSTILE = {
@@ -287,7 +288,8 @@ def test_one_who_goes_while_the_conversation_opens():
             return type("Late", (), {"close": lambda self: closed.set()})()
 
     async def cancelled():
-        hall = Hall(Slow(), SessionSettings("nano", 64), minmo.Settings(max_text_tokens=64), Limits())
+        settings = SessionSettings("nano", 64)
+        hall = Hall(Slow(), settings, minmo.Settings(max_text_tokens=64), Limits(), Shelf(60.0, 1))
         session = a_session([])
         entering = asyncio.ensure_future(hall._open(session, None))
         await asyncio.to_thread(opening.wait, 60)
