@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,10 @@ class Plan:
         else:
             for concern in concerns(model.origins):
                 err.print(f"{self.preset}: {concern}", style="yellow", highlight=False, markup=False, soft_wrap=True)
-        return Scheduler(model, budget=self.budget, max_sessions=self.sessions)
+        scheduler = Scheduler(model, budget=self.budget, max_sessions=self.sessions)
+        gc.collect()
+        gc.freeze()  # what is here stays: to look through it takes the collector longer than a tick has
+        return scheduler
 
     def server(self, store: Store | None = None) -> Server:
         """store: where sessions wait for their clients; the server's own by default."""

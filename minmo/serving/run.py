@@ -4,7 +4,6 @@ signal ends at once."""
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import ssl
 from pathlib import Path
@@ -99,6 +98,4 @@ def config(
 def run(config: uvicorn.Config, hall: Hall, drain_s: float) -> None:
     """Serves until a signal ends it."""
     log_to_stderr()
-    gc.collect()
-    gc.freeze()  # what is here stays: to look through it takes the collector longer than a tick has
     Draining(config, hall, drain_s).run()
