@@ -8,6 +8,7 @@ bit, `warmup` compiles ahead.
 from minmo_kernels.dispatch import BackendError, Fault, explain, strict, use_backend
 from minmo_kernels.launch import warmup
 from minmo_kernels.ops.append_kv import append_kv
+from minmo_kernels.ops.decoder_step import decoder_step
 from minmo_kernels.ops.fsmn import fsmn
 from minmo_kernels.ops.fsq_encode import fsq_encode
 from minmo_kernels.ops.gate_up_swiglu import gate_up_swiglu
@@ -26,6 +27,7 @@ __all__ = [
     "BackendError",
     "Fault",
     "append_kv",
+    "decoder_step",
     "explain",
     "fsmn",
     "fsq_encode",

@@ -11,6 +11,8 @@ compile gate and the static report, so what they see is what a call launches.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import importlib
 import importlib.util
 import os
@@ -27,7 +29,9 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run on a CPU, through Triton's interpreter. Decided by the environment when this module is imported."""
 AVAILABLE = importlib.util.find_spec("triton") is not None
 
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
+COOPERATIVE_LAUNCH = 95
+"""CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH of the driver's interface."""
 _compiled: dict[Any, Any] = {}
 _warmed = False
 # Of a thread or an asynchronous task: what one records, another must run.
@@ -77,14 +81,26 @@ def launch(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants
         _run(kernel, grid, arguments, constants)
 
 
-def _run(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+def compiled_for(kernel: Any, grid: tuple[int, int, int], *arguments: Any, **constants: Any) -> Any:
+    """The compiled kernel that `launch` runs for these arguments, on the current GPU: registers and shared memory."""
+    constants.setdefault("enable_fp_fusion", True)
+    return _found(kernel, grid, arguments, constants)[0]
+
+
+def _found(
+    kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> tuple[Any, Any, tuple[Any, ...]]:
     key = _key(kernel, arguments, constants)
     found = _compiled.get(key)
     if found is None:
         if _warmed and dispatch.is_strict():
             raise dispatch.BackendError(f"{kernel.fn.__name__} compiles after warmup(); add a case for {key[2:]}")
         found = _compiled[key] = _compile(kernel, grid, arguments, constants)
-    compiled, run, fixed = found
+    return found
+
+
+def _run(kernel: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    compiled, run, fixed = _found(kernel, grid, arguments, constants)
     stream = torch.cuda.current_stream().cuda_stream
     run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *fixed)
 
@@ -125,6 +141,15 @@ def target(tensor: torch.Tensor) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(tensor.device)
     return 10 * major + minor
+
+
+@functools.cache
+def cooperative(device: torch.device) -> bool:
+    """Whether a GPU and its driver have cooperative launches, whose blocks are all on the chip at once."""
+    value = ctypes.c_int(0)
+    cuda = ctypes.CDLL("libcuda.so.1")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return cuda.cuDeviceGetAttribute(ctypes.byref(value), COOPERATIVE_LAUNCH, index) == 0 and value.value == 1
 
 
 def launches(function: Callable[..., Any], arguments: dict[str, Any], sm: int) -> list[Launch]:

@@ -45,6 +45,8 @@ class OpSpec:
     batched: tuple[str, ...] = ()
     """Arguments whose first axis is the batch (`rows` included): permuting them permutes the outputs."""
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
+    cost: int = 1
+    """How many of another operation's examples one of this takes as long as: property tests draw so many fewer."""
     invariants: Mapping[str, Callable[[Case], None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -24,7 +24,12 @@ def run(x: Tensor, weight: Tensor, rows: Tensor | None, eps: float) -> Tensor:
 
 @triton.jit(do_not_specialize=["each", "eps"])
 def _rms_norm(x_ptr, weight_ptr, rows_ptr, out_ptr, each, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    vector = tl.program_id(0)
+    rms_norm_tile(tl.program_id(0), x_ptr, weight_ptr, rows_ptr, out_ptr, each, eps, DIM, BLOCK)
+
+
+@triton.jit
+def rms_norm_tile(vector, x_ptr, weight_ptr, rows_ptr, out_ptr, each, eps, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """One vector, a block as wide as it; `each` vectors share a row."""
     active = vector >= 0
     if rows_ptr is not None:
         active = tl.load(rows_ptr + vector // each) >= 0

@@ -117,6 +117,20 @@ def _sample(
     if row < 0:
         tl.store(ids_ptr + entry, -1)
         return
+    drawn = sample_tile(
+        entry, row, logits_ptr, seeds_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, history_ptr, banned_ptr,
+        keys_ptr, recent, banned_count, stream, repetition_limit, VOCAB, RECENT, BLOCK,
+    )  # fmt: skip
+    tl.store(ids_ptr + entry, drawn)
+
+
+@triton.jit
+def sample_tile(
+    entry, row, logits_ptr, seeds_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, history_ptr, banned_ptr,
+    keys_ptr, recent, banned_count, stream, repetition_limit,
+    VOCAB: tl.constexpr, RECENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The id that is drawn for an entry (int64) of session `row`."""
     seed, position = tl.load(seeds_ptr + row), tl.load(positions_ptr + row)
     wanted = tl.load(temperature_ptr + row)
     greedy = not (wanted > 0.0)
@@ -195,4 +209,4 @@ def _sample(
                 other = tl.where(here > best, start + place, other)
                 best = tl.maximum(best, here)
             drawn = other
-    tl.store(ids_ptr + entry, drawn)
+    return drawn

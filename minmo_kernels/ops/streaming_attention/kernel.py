@@ -172,9 +172,20 @@ def _merge(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, queries, parts,
     HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    merge_tile(
+        tl.program_id(0), tl.program_id(1), part_ptr, part_lse_ptr, out_ptr, lse_ptr, queries, parts,
+        HEADS, DIM, BLOCK_H,
+    )  # fmt: skip
+
+
+@triton.jit
+def merge_tile(
+    vector, block, part_ptr, part_lse_ptr, out_ptr, lse_ptr, queries, parts,
+    HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
     """Parts of one (entry, query), weighted by exp(their log-sum-exp), for a block of heads."""
-    entry, t = tl.program_id(0) // queries, tl.program_id(0) % queries
-    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    entry, t = vector // queries, vector % queries
+    head = block * BLOCK_H + tl.arange(0, BLOCK_H)
     d = tl.arange(0, DIM)
     inside = head < HEADS
     top = tl.full([BLOCK_H], float("-inf"), tl.float32)
@@ -192,7 +203,7 @@ def _merge(
         total = total * shrink + share
         top = new_top
     out = out / tl.where(total > 0.0, total, 1.0)[:, None]
-    place = tl.program_id(0).to(tl.int64) * HEADS + head
+    place = vector.to(tl.int64) * HEADS + head
     tl.store(out_ptr + place[:, None] * DIM + d[None, :], out, mask=inside[:, None])
     if lse_ptr is not None:
         tl.store(lse_ptr + place, top + tl.log(tl.where(total > 0.0, total, 1.0)), mask=inside)
