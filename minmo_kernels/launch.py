@@ -29,7 +29,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run on a CPU, through Triton's interpreter. Decided by the environment when this module is imported."""
 AVAILABLE = importlib.util.find_spec("triton") is not None
 
-OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid")
+OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_cooperative_grid", "maxnreg")
 COOPERATIVE_LAUNCH = 95
 """CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH of the driver's interface."""
 _compiled: dict[Any, Any] = {}

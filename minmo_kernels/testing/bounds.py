@@ -79,8 +79,22 @@ def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
     busiest = (
         max(loops, key=lambda loop: _progress(loop.own)) if loops else Loop(tuple(t for _, t in binary.listing), ())
     )
+    return _of_loop(binary, busiest, stages, streamed if loops else 0)
+
+
+def slowest(binary: Binary, stages: int, streamed: int) -> Bounds:
+    """Of a binary with several loops that stream weights (a persistent kernel's phases), those of the one that is the
+    most limited: of loops that load at least a smallest tile, `streamed` bytes a warp, and have no exponentials, which
+    are attention's and the choice's."""
+    loops = [loop for loop in binary.loops() if loaded_bytes(loop.own) >= streamed]
+    weights = [loop for loop in loops if not any("MUFU.EX2" in text for text in loop.own + loop.nested)]
+    found = [_of_loop(binary, loop, stages, streamed) for loop in weights]
+    return min(found, key=lambda bound: bound.rate, default=Bounds(0, float("inf"), float("inf"), 0))
+
+
+def _of_loop(binary: Binary, busiest: Loop, stages: int, streamed: int) -> Bounds:
     size = loaded_bytes(busiest.own)
-    if streamed and loops:
+    if streamed:
         size = min(size, streamed)
 
     body = busiest.own + busiest.nested

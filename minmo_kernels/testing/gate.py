@@ -22,9 +22,9 @@ from minmo_kernels import dispatch
 from minmo_kernels.launch import Launch, launches
 from minmo_kernels.spec import Case, OpSpec, load_all
 from minmo_kernels.testing.binary import Binary, fingerprint
-from minmo_kernels.testing.bounds import CHIPS, Bounds, Chip, bounds, resident_blocks
+from minmo_kernels.testing.bounds import CHIPS, Bounds, Chip, bounds, resident_blocks, slowest
 
-SIZES = ("DIM", "DIM_OUT", "HEADS", "KV_HEADS", "HIDDEN", "EMBEDDING", "VOCAB")
+SIZES = ("DIM", "DIM_OUT", "HEADS", "KV_HEADS", "HIDDEN", "EMBEDDING", "VOCAB", "FFN")
 """Constants whose value above 128 (a head's) changes the number of a loop's turns or an address, and no registers."""
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory that a block may have, for each capability that the gate compiles for."""
@@ -89,7 +89,10 @@ def measured(record: Launch, binary: Binary) -> dict[str, Any]:
 
 
 def limits(record: Launch, binary: Binary) -> Bounds:
-    """The bounds of a launch's binary; of one that streams, by the bytes of its weight or cache alone."""
+    """The bounds of a launch's binary; of one that streams, by the bytes of its weight or cache alone; of one that has
+    several such loops, those of the slowest."""
+    if record.name == "decoder_step":
+        return slowest(binary, record.options.get("num_stages", 3), _tile_bytes(record) // max(1, binary.warps))
     return bounds(binary, record.options.get("num_stages", 3), _tile_bytes(record) // max(1, binary.warps))
 
 
@@ -101,14 +104,19 @@ def _tile_bytes(record: Launch) -> int:
     named = dict(zip(record.kernel.arg_names, record.arguments, strict=False))
     if record.name == "attention":
         return 2 * int(constants["BLOCK_N"]) * int(constants["DIM"]) * int(named["k_ptr"].dtype.itemsize)
+    if record.name == "decoder_step":  # the smallest of its phases'
+        outputs = min(int(constants[name]) for name in ("QKV_N", "OUT_N", "GATE_UP_N", "DOWN_N"))
+        return outputs * int(constants["BLOCK_K"]) * int(named["weight_ptr"].dtype.itemsize)
     bits = 4 if constants["GROUP"] else 8 * int(named["weight_ptr"].dtype.itemsize)
     return int(constants["BLOCK_N"]) * int(constants["BLOCK_K"]) * bits // 8
 
 
 def streams(record: Launch) -> bool:
     """Whether a launch is there to stream weights or a cache through the chip: a decode step's projections for up to 8
-    rows, and attention of few queries."""
+    rows, attention of few queries, and whole steps."""
     constants = record.constants
+    if record.name == "decoder_step":
+        return True
     if record.name in ("linear_residual", "gate_up_swiglu", "qkv"):
         return bool(constants["ROWS"] <= 8)
     return record.name == "attention" and constants["BLOCK_M"] == 16
@@ -123,6 +131,10 @@ def faults(
     way ("flight")."""
     if binary.stack and ("stack" not in reasons or (known and binary.stack > (budget or {}).get("stack", 0))):
         yield f"it keeps {binary.stack} bytes a thread in memory: registers spill"
+    if record.options.get("launch_cooperative_grid"):
+        for chip in CHIPS[sm]:
+            if (fits := resident_blocks(binary, chip)) * chip.sms < math.prod(record.grid):
+                yield f"{math.prod(record.grid)} blocks are not at once on a {chip.name}: its {chip.sms} SMs hold {fits} each"
     if binary.shared > SHARED_LIMIT[sm]:
         yield f"{binary.shared} bytes of shared memory; sm_{sm} has {SHARED_LIMIT[sm]}"
     for instruction, expected in expected_instructions(record, sm).items():

@@ -19,6 +19,11 @@ NAMES = list(SPECS)
 EXAMPLES = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
+def examples(spec, most=40):
+    """EXAMPLES, fewer of an operation whose examples take long."""
+    return settings(EXAMPLES, max_examples=max(2, most // spec.cost))
+
+
 def copied(arguments):
     return {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
 
@@ -47,7 +52,7 @@ def test_every_operation_is_declared():
 def test_reference_equals_fp64_oracle(name):
     spec = SPECS[name]
 
-    @EXAMPLES
+    @examples(spec)
     @given(spec.draw(st))
     def check(case):
         arguments = spec.make(case)
@@ -64,7 +69,7 @@ def test_no_rows_are_no_work(name):
     """On every backend that serves here, the reference and PyTorch's among them."""
     spec = SPECS[name]
 
-    @settings(EXAMPLES, max_examples=10)
+    @examples(spec, 10)
     @given(spec.draw(st))
     def check(case):
         arguments = spec.make(case)
@@ -84,7 +89,7 @@ def test_every_backend_is_as_good_as_the_reference(name):
     spec, op = SPECS[name], OPS[name]
     served = set()
 
-    @EXAMPLES
+    @examples(spec)
     @given(spec.draw(st))
     def check(case):
         arguments = spec.make(case)
@@ -108,7 +113,7 @@ def test_every_backend_is_as_good_as_the_reference(name):
 
 @pytest.mark.parametrize("name,law", [(n, law) for n in NAMES for law in sorted(SPECS[n].invariants)])
 def test_law(name, law):
-    @EXAMPLES
+    @examples(SPECS[name])
     @given(SPECS[name].draw(st))
     def check(case):
         SPECS[name].invariants[law](case)
@@ -120,7 +125,7 @@ def test_law(name, law):
 def test_batch_order_and_neighbours_do_not_matter(name):
     spec = SPECS[name]
 
-    @settings(EXAMPLES, max_examples=15)
+    @examples(spec, 15)
     @given(spec.draw(st))
     def check(case):
         arguments = spec.make(case)
@@ -151,7 +156,7 @@ def test_torch_library_registration(name):
     seen = []
 
     # The first example is the least one; the others have several entries and their optional arguments.
-    @settings(EXAMPLES, max_examples=4, phases=[Phase.generate])
+    @settings(examples(spec, 4), phases=[Phase.generate])
     @given(spec.draw(st))
     def check(case):
         op, arguments = intercept(spec.function, **spec.make({**case, "dtype": "float32"}))

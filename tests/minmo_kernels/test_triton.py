@@ -37,6 +37,11 @@ RUN = settings(
 )
 LAW = settings(RUN, max_examples=max(4, EXAMPLES // 50))
 
+
+def fewer(spec, usual=RUN):
+    """The settings of an operation, with fewer examples where they take long."""
+    return settings(usual, max_examples=max(2, usual.max_examples // spec.cost))
+
 numbers = pytest.mark.skipif(not (launch.INTERPRETING or DEVICE == "cuda"), reason="needs TRITON_INTERPRET=1 or a GPU")
 interpreted = pytest.mark.skipif(not launch.INTERPRETING, reason="needs TRITON_INTERPRET=1: it makes tensors on a CPU")
 
@@ -98,7 +103,7 @@ def served(spec, case):
 def test_kernel_is_as_good_as_the_reference(name):
     spec, count = SPECS[name], 0
 
-    @RUN
+    @fewer(spec)
     @given(drawn(spec))
     def check(case):
         nonlocal count
@@ -109,7 +114,8 @@ def test_kernel_is_as_good_as_the_reference(name):
                 assert_as_good_as_reference(a, r, e)
 
     check()
-    assert count >= EXAMPLES // 4, f"{name}: the kernel served {count} of {EXAMPLES} examples"
+    whole = EXAMPLES // spec.cost
+    assert count >= whole // 4, f"{name}: the kernel served {count} of {whole} examples"
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -139,7 +145,7 @@ def test_libraries_are_as_good_as_the_reference():
 def test_no_rows_are_no_work(name):
     spec, seen = SPECS[name], 0
 
-    @settings(RUN, max_examples=8)
+    @settings(RUN, max_examples=max(2, 8 // spec.cost))
     @given(drawn(spec))
     def check(case):
         nonlocal seen
@@ -162,7 +168,7 @@ def test_no_rows_are_no_work(name):
 @interpreted
 @pytest.mark.parametrize("name,law", [(n, law) for n in NAMES for law in sorted(SPECS[n].invariants)])
 def test_kernel_obeys_the_laws(name, law):
-    @LAW
+    @fewer(SPECS[name], LAW)
     @given(drawn(SPECS[name]))
     def check(case):
         SPECS[name].invariants[law](case)
@@ -175,7 +181,7 @@ def test_kernel_obeys_the_laws(name, law):
 def test_neighbours_do_not_change_a_bit(name):
     spec = SPECS[name]
 
-    @LAW
+    @fewer(spec, LAW)
     @given(drawn(spec))
     def check(case):
         arguments = arguments_of(spec, case)

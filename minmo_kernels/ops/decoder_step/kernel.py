@@ -84,7 +84,7 @@ def run(*arguments: Any) -> tuple[Tensor, Tensor]:
         given.spins, grid.prefetch, shape.head_dim**-0.5, given.eps,
     )  # fmt: skip
     constants = {
-        "LAYERS": shape.layers, "DIM": dim, "HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "HEAD_DIM":
+        "DIM": dim, "HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "HEAD_DIM":
         shape.head_dim, "FFN": shape.ffn, "VOCAB": vocab, "RECENT": tuning.bucket_of(recent), "RING": given.ring,
         "MERGES_AHEAD": shape.merges_ahead, "PARTS": tuning.bucket_of(shape.parts), "ROWS": bucket,
         "DOT": triton_dtype(x.dtype), "BLOCK_M": 16, "MERGED": MERGED_HEADS, "PREFETCH": not INTERPRETING,
@@ -108,7 +108,7 @@ def run(*arguments: Any) -> tuple[Tensor, Tensor]:
 EMBED, QKV, ATTEND, MERGE, OUT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 GATE_UP, DOWN, NORM, HEAD, SAMPLE = tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8), tl.constexpr(9)
 """`schedule.Phase`."""
-COLUMNS = tl.constexpr(8)
+COLUMNS = tl.constexpr(9)
 NOT_A_NUMBER = tl.constexpr(BROKEN)
 
 
@@ -127,7 +127,7 @@ def _decoder_step(
     alive_ptr, ends_ptr, at_ptr, seen_ptr, off_ptr,
     first, last, all, batch, sessions, capacity, parts, window, recent, forbidden, end, stream_id, repetition_limit,
     steps, spins, prefetch, scale, eps,
-    LAYERS: tl.constexpr, DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    DIM: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
     FFN: tl.constexpr, VOCAB: tl.constexpr, RECENT: tl.constexpr, RING: tl.constexpr, MERGES_AHEAD: tl.constexpr,
     PARTS: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_M: tl.constexpr, MERGED: tl.constexpr,
     PREFETCH: tl.constexpr, QKV_N: tl.constexpr, OUT_N: tl.constexpr, GATE_UP_N: tl.constexpr, DOWN_N: tl.constexpr,
@@ -143,6 +143,11 @@ def _decoder_step(
         one = listed_ptr + at * COLUMNS
         phase, layer, step, tiles = tl.load(one), tl.load(one + 1).to(tl.int64), tl.load(one + 2), tl.load(one + 3)
         wait, signal = tl.load(one + 4), tl.load(one + 5)
+        # Nothing, which the compiler cannot know: addresses are then made by the phase that uses them. Taken out of this
+        # loop, those of all phases would fill the registers of each.
+        none = tl.load(one + 8) * 128
+        x, q, inner, merged, alive = stream_ptr + none, q_ptr + none, inner_ptr + none, merged_ptr + none, alive_ptr + none
+        parted, sums, ends = parts_ptr + none, lse_ptr + none, ends_ptr + none
         if PREFETCH:
             _ask_ahead(
                 tl.load(one + 6), tl.load(one + 7).to(tl.int64), me, blocks, prefetch, weight_ptr, out_ptr, gate_up_ptr,
@@ -155,8 +160,8 @@ def _decoder_step(
             for turn in range(turns):
                 tile = me + turn * blocks
                 _embed(
-                    tile, x_ptr, rows_ptr, lengths_ptr, positions_ptr, history_ptr, banned_ptr, least_ptr, stream_ptr,
-                    alive_ptr, ends_ptr, at_ptr, seen_ptr, off_ptr, sessions, recent, forbidden, end,
+                    tile, x_ptr, rows_ptr, lengths_ptr, positions_ptr, history_ptr, banned_ptr, least_ptr, x,
+                    alive, ends, at_ptr, seen_ptr, off_ptr, sessions, recent, forbidden, end,
                     DIM, VOCAB, RECENT, BLOCK_K,
                 )  # fmt: skip
         elif phase == QKV:
@@ -164,10 +169,10 @@ def _decoder_step(
             for turn in range(turns):
                 tile = me + turn * blocks
                 qkv_tile(
-                    tile // blocks_a_head, tile % blocks_a_head, stream_ptr, input_norm_ptr + layer * DIM,
+                    tile // blocks_a_head, tile % blocks_a_head, x, input_norm_ptr + layer * DIM,
                     weight_ptr + layer * (packed * DIM), _row(qkv_scale_ptr, layer, packed), None,
                     _row(qkv_bias_ptr, layer, packed), _cache(k_ptr, layer, sessions, capacity, KV_HEADS, HEAD_DIM),
-                    _cache(v_ptr, layer, sessions, capacity, KV_HEADS, HEAD_DIM), alive_ptr, ends_ptr, table_ptr, q_ptr,
+                    _cache(v_ptr, layer, sessions, capacity, KV_HEADS, HEAD_DIM), alive, ends, table_ptr + none, q,
                     batch, capacity, eps,
                     HEADS, KV_HEADS, HEAD_DIM // 2, RING, DIM, 0, ROWS, DOT, QKV_N, BLOCK_K,
                 )  # fmt: skip
@@ -176,9 +181,9 @@ def _decoder_step(
                 tile = me + turn * blocks
                 attention_tile(
                     tile // (KV_HEADS * parts), tile // parts % KV_HEADS, tile * 0, tile % parts, parts,
-                    q_ptr, _cache(k_ptr, layer, sessions, capacity, KV_HEADS, HEAD_DIM),
-                    _cache(v_ptr, layer, sessions, capacity, KV_HEADS, HEAD_DIM), alive_ptr, ends_ptr + sessions, None,
-                    None, None, parts_ptr, lse_ptr, 1, capacity, window, 0, -1, 0, scale,
+                    q, _cache(k_ptr, layer, sessions, capacity, KV_HEADS, HEAD_DIM),
+                    _cache(v_ptr, layer, sessions, capacity, KV_HEADS, HEAD_DIM), alive, ends + sessions, None,
+                    None, None, parted, sums, 1, capacity, window, 0, -1, 0, scale,
                     HEADS, KV_HEADS, HEAD_DIM, "causal", RING, BLOCK_M, BLOCK_N,
                 )  # fmt: skip
         elif phase == OUT:
@@ -186,30 +191,30 @@ def _decoder_step(
                 tile = me + turn * blocks
                 if MERGES_AHEAD:
                     linear_residual_tile(
-                        tile, merged_ptr, None, out_ptr + layer * (DIM * width), _row(out_scale_ptr, layer, DIM), None,
-                        stream_ptr, alive_ptr, stream_ptr, batch, 1,
+                        tile, merged, None, out_ptr + layer * (DIM * width), _row(out_scale_ptr, layer, DIM), None,
+                        x, alive, x, batch, 1,
                         width, DIM, "plain", 1, 1, 0, ROWS, DOT, OUT_N, BLOCK_K,
                     )  # fmt: skip
                 else:
                     linear_residual_tile(
-                        tile, parts_ptr, lse_ptr, out_ptr + layer * (DIM * width), _row(out_scale_ptr, layer, DIM),
-                        None, stream_ptr, alive_ptr, stream_ptr, batch, parts,
+                        tile, parted, sums, out_ptr + layer * (DIM * width), _row(out_scale_ptr, layer, DIM),
+                        None, x, alive, x, batch, parts,
                         width, DIM, "merged", HEAD_DIM, PARTS, 0, ROWS, DOT, OUT_N, BLOCK_K,
                     )  # fmt: skip
         elif phase == GATE_UP:
             for turn in range(turns):
                 tile = me + turn * blocks
                 gate_up_swiglu_tile(
-                    tile, stream_ptr, post_norm_ptr + layer * DIM, gate_up_ptr + layer * (2 * FFN * DIM),
-                    _row(gate_up_scale_ptr, layer, 2 * FFN), None, alive_ptr, inner_ptr, batch, eps,
+                    tile, x, post_norm_ptr + layer * DIM, gate_up_ptr + layer * (2 * FFN * DIM),
+                    _row(gate_up_scale_ptr, layer, 2 * FFN), None, alive, inner, batch, eps,
                     DIM, 2 * FFN, 0, ROWS, DOT, GATE_UP_N, BLOCK_K,
                 )  # fmt: skip
         elif phase == DOWN:
             for turn in range(turns):
                 tile = me + turn * blocks
                 linear_residual_tile(
-                    tile, inner_ptr, None, down_ptr + layer * (DIM * FFN), _row(down_scale_ptr, layer, DIM), None,
-                    stream_ptr, alive_ptr, stream_ptr, batch, 1,
+                    tile, inner, None, down_ptr + layer * (DIM * FFN), _row(down_scale_ptr, layer, DIM), None,
+                    x, alive, x, batch, 1,
                     FFN, DIM, "plain", 1, 1, 0, ROWS, DOT, DOWN_N, BLOCK_K,
                 )  # fmt: skip
         if MERGES_AHEAD:
@@ -218,28 +223,28 @@ def _decoder_step(
                 for turn in range(turns):
                     tile = me + turn * blocks
                     merge_tile(
-                        tile // heads, tile % heads, parts_ptr, lse_ptr, merged_ptr, None, 1, parts,
+                        tile // heads, tile % heads, parted, sums, merged, None, 1, parts,
                         HEADS, HEAD_DIM, MERGED,
                     )  # fmt: skip
         if final_norm_ptr is not None:
             if phase == NORM:
                 for turn in range(turns):
                     tile = me + turn * blocks
-                    rms_norm_tile(tile, stream_ptr, final_norm_ptr, alive_ptr, hidden_ptr, 1, eps, DIM, NORM_BLOCK)
+                    rms_norm_tile(tile, x, final_norm_ptr + none, alive, hidden_ptr + none, 1, eps, DIM, NORM_BLOCK)
         if VOCAB > 0:
             if phase == HEAD:
                 for turn in range(turns):
                     tile = me + turn * blocks
                     _head(
-                        tile, stream_ptr, final_norm_ptr, head_ptr, head_scale_ptr, head_bias_ptr, alive_ptr,
-                        logits_ptr, batch, eps, DIM, VOCAB, ROWS, DOT, HEAD_N, BLOCK_K,
+                        tile, x, final_norm_ptr + none, head_ptr + none, head_scale_ptr, head_bias_ptr, alive,
+                        logits_ptr + none, batch, eps, DIM, VOCAB, ROWS, DOT, HEAD_N, BLOCK_K,
                     )  # fmt: skip
             elif phase == SAMPLE:
                 for turn in range(turns):
                     tile = me + turn * blocks
                     _sample(
-                        tile, step, logits_ptr, seeds_ptr, temperature_ptr, top_k_ptr, top_p_ptr, embedding_ptr,
-                        least_ptr, most_ptr, keys_ptr, tokens_ptr, stream_ptr, alive_ptr, ends_ptr, at_ptr, seen_ptr,
+                        tile, step, logits_ptr + none, seeds_ptr, temperature_ptr, top_k_ptr, top_p_ptr, embedding_ptr,
+                        least_ptr, most_ptr, keys_ptr + none, tokens_ptr, x, alive, ends, at_ptr, seen_ptr,
                         off_ptr, sessions, recent, forbidden, end, stream_id, repetition_limit, steps,
                         DIM, VOCAB, RECENT, SAMPLE_BLOCK, BLOCK_K,
                     )  # fmt: skip

@@ -154,20 +154,20 @@ def _looking_ahead(made: list[Instruction]) -> Iterator[Instruction]:
         yield replace(instruction, ahead=ahead)
 
 
-COLUMNS = 8
-"""Numbers of an instruction in the table: the fields of Instruction but `ahead`, of which phase and layer are kept, and
-the first of which says that there is none by -1."""
+COLUMNS = 9
+"""Numbers of an instruction in the table: the fields of Instruction, but of `ahead` the phase (-1 = none) and the layer;
+and a zero."""
 
 
 @functools.cache
 def table(listed: Program, device: torch.device) -> torch.Tensor:
     """The list as the kernel reads it, (instructions, COLUMNS) int32: phase, layer, step, tiles, wait, signal, phase and
-    layer of the weight to ask for."""
+    layer of the weight to ask for, 0."""
     numbers = []
     for one in listed:
         coming = listed[one.ahead] if one.ahead >= 0 else None
         ahead = (-1, 0) if coming is None else (int(coming.phase), coming.layer)
-        numbers.append([int(one.phase), one.layer, one.step, one.tiles, one.wait, one.signal, *ahead])
+        numbers.append([int(one.phase), one.layer, one.step, one.tiles, one.wait, one.signal, *ahead, 0])
     return torch.tensor(numbers, dtype=torch.int32).to(device)
 
 

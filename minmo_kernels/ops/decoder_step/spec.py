@@ -332,6 +332,6 @@ SPEC = OpSpec(
     ),
     batched=("x", "rows", "banned", "least", "most"),
     dtypes=("float16", "bfloat16"),
-    cost=5,
+    cost=12,
     invariants={"equals its launches": _equals_its_launches},
 )
