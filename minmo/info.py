@@ -79,7 +79,8 @@ def kernel_dims(config: MinMoConfig, capacity: int = 4096) -> dict[str, dict[str
     """The sizes of each part that decodes or listens, by the names that `OpSpec.cases` takes; capacity: of a cache."""
 
     def decoder(c: BackboneConfig, **more: int) -> dict[str, int]:
-        sizes = {"layers": c.layers, "dim": c.dim, "ffn": c.ffn, "heads": c.heads, "kv_heads": c.kv_heads, "head_dim": c.head_dim}
+        sizes = {"layers": c.layers, "dim": c.dim, "ffn": c.ffn, "heads": c.heads}
+        sizes |= {"kv_heads": c.kv_heads, "head_dim": c.head_dim}
         return {**sizes, "capacity": capacity, **more}
 
     voice = config.voice_decoder

@@ -123,15 +123,19 @@ def layer_cache(config: BackboneConfig, sessions: int, capacity: int, like: Tens
 
 @dataclass
 class BackboneState(State):
-    """The context of each session: one linear cache a layer and the positions in it, (sessions,) int32."""
+    """The context of each session: a linear cache for each layer and the positions in it, (sessions,) int32."""
 
-    layers: list[KVCache]
+    cache: KVCache
+    """Of all layers, (layers, sessions, capacity, kv_heads, head_dim), as one launch takes them."""
     lengths: Tensor
+
+    def __post_init__(self) -> None:
+        self.layers = [KVCache(k, v) for k, v in zip(self.cache.k, self.cache.v, strict=True)]
 
     @property
     def capacity(self) -> int:
         """Positions that each session can hold."""
-        return self.layers[0].k.shape[1]
+        return self.cache.k.shape[2]
 
 
 class Backbone(nn.Module):
@@ -184,8 +188,9 @@ class Backbone(nn.Module):
     def initial_state(self, sessions: int, capacity: int) -> BackboneState:
         """Empty contexts of up to `capacity` positions for `sessions` sessions."""
         like = self.norm.weight.detach()
+        shape = (len(self.layers), sessions, capacity, self.config.kv_heads, self.config.head_dim)
         return BackboneState(
-            [layer_cache(self.config, sessions, capacity, like) for _ in self.layers],
+            KVCache(like.new_zeros(shape), like.new_zeros(shape)),
             torch.zeros(sessions, dtype=torch.int32, device=like.device),
         )
 
@@ -210,10 +215,15 @@ class Backbone(nn.Module):
         size = x.shape[1]
         x = masked(x[:, : state.capacity], lengths)  # what fits: padding alone may be longer than a cache
         rows = torch.where(lengths > 0, rows, -1).to(torch.int32)
+        x = self._through(x, lengths, state, rows, ends)
+        state.lengths.copy_(ends)
+        return F.pad(x, [0, 0, 0, size - x.shape[1]]), lengths, state
+
+    def _through(self, x: Tensor, lengths: Lengths, state: BackboneState, rows: Tensor, ends: Tensor) -> Tensor:
+        """All layers and the last norm; ends (sessions,): positions with the new ones."""
         for layer, cache in zip(self.layers, state.layers, strict=True):
             x = layer(x, lengths, cache, rows, state.lengths, ends)
-        state.lengths.copy_(ends)
-        return F.pad(self.norm(x), [0, 0, 0, size - x.shape[1]]), lengths, state
+        return self.norm(x)
 
     def _check_input(self, x: Tensor, lengths: Lengths) -> None:
         if x.dim() != 3 or x.shape[2] != self.config.dim:

@@ -88,11 +88,13 @@ class DuplexPredictor(nn.Module):
             counts = (lengths - offset * PIECE).clamp(min=0, max=piece.shape[1])
             some = torch.where(counts > 0, rows, -1).to(torch.int32)
             ends = advanced(state.lengths, some, counts)
-            pieces.append(
-                self.layer(piece, counts, state.cache, some, state.lengths, ends, window=self.config.window, ring=True)
-            )
+            pieces.append(self._through(piece, counts, state, some, ends))
             state.lengths.copy_(ends)
         return self._decide(torch.cat(pieces, dim=1), lengths), lengths, state
+
+    def _through(self, x: Tensor, counts: Lengths, state: DuplexState, rows: Tensor, ends: Tensor) -> Tensor:
+        """The layer; ends (sessions,): positions with the new ones."""
+        return self.layer(x, counts, state.cache, rows, state.lengths, ends, window=self.config.window, ring=True)
 
     def _decide(self, x: Tensor, lengths: Lengths) -> Tensor:
         return masked(torch.stack([self.turn_taking(x), self.barge_in(x)], dim=2), lengths)

@@ -113,6 +113,41 @@ class _Voice:
 
 
 @dataclass
+class Speech:
+    """A round under way: who talks, what `VoiceDecoderState` will hold of each entry, and the tokens chosen so far,
+    pieces of (batch, n) int32, 0 where there is none."""
+
+    talks: Tensor
+    spoken: Tensor
+    recent: Tensor
+    finished: Tensor
+    failed: Tensor
+    tokens: list[Tensor] = field(default_factory=list)
+
+    def take(self, token: Tensor, broken: Tensor, end_of_speech: int) -> None:
+        """The next token of each entry (batch,) int32, and whose logits were NaN (batch,) bool."""
+        ended = broken | (token == end_of_speech)
+        self.finished, self.failed = self.finished | (self.talks & ended), self.failed | broken
+        self.talks = self.talks & ~ended
+        self.tokens.append(torch.where(self.talks, token, 0).to(torch.int32)[:, None])
+        self.spoken = self.spoken + self.talks
+        newest = torch.cat([self.recent[:, 1:], token[:, None]], dim=1)
+        self.recent = torch.where(self.talks[:, None], newest, self.recent)
+
+    def take_all(self, tokens: Tensor, broken: int, end_of_speech: int) -> None:
+        """The next tokens of each entry (batch, n) int32 at once: -1 from where it ended, at `broken` or the end."""
+        bad = (tokens == broken).any(dim=1)
+        ended = bad | (tokens == end_of_speech).any(dim=1)
+        self.finished, self.failed = self.finished | ended, self.failed | bad
+        self.talks = self.talks & ~ended
+        given = (tokens >= 0) & (tokens != end_of_speech)
+        self.tokens.append(torch.where(given, tokens, 0).to(torch.int32))
+        count = given.sum(dim=1)
+        self.spoken = self.spoken + count
+        self.recent = take(torch.cat([self.recent, tokens], dim=1), count, self.recent.shape[1])
+
+
+@dataclass
 class _Teacher:
     """Speech tokens to choose instead of drawn ones, and what the LM made of each slot on the way."""
 
@@ -389,27 +424,34 @@ class VoiceDecoder(nn.Module):
         spoken, recent = read_rows(state.speech, rows), read_rows(state.recent, rows)
         finished, failed = read_rows(state.finished, rows), read_rows(state.failed, rows)
         talks = speaks & (rows >= 0)
-        entries, before, chosen = rows, spoken, []
-        for i in range(config.speech_block):
-            if nobody(talks):
+        speech = Speech(talks, spoken, recent, finished, failed)
+        self._speak(last, chooser, speech, state, rows, teacher)
+        write_rows(state.speech, rows, speech.spoken)
+        write_rows(state.recent, rows, speech.recent)
+        write_rows(state.finished, rows, speech.finished)
+        write_rows(state.failed, rows, speech.failed)
+        tokens = torch.cat(speech.tokens, dim=1) if speech.tokens else vectors.new_zeros(len(rows), 0).int()
+        return F.pad(tokens, (0, config.speech_block - tokens.shape[1])), (speech.spoken - spoken).to(torch.int32)
+
+    def _speak(
+        self,
+        last: Tensor,
+        chooser: _Voice | _Teacher,
+        speech: Speech,
+        state: VoiceDecoderState,
+        rows: Tensor,
+        teacher: _Teacher | None,
+    ) -> None:
+        """Chooses up to 15 tokens an entry; last (batch, 1, dim): the state that predicts the first."""
+        for i in range(self.config.speech_block):
+            if nobody(speech.talks):
                 break
             if i > 0:  # within a block a token's own embedding follows it
-                inputs = self.speech_embedding(recent[:, -1:].clamp(min=0).long())
-                rows = torch.where(talks, rows, -1).to(torch.int32)
-                last = self._append(inputs, talks.to(torch.int32), state, rows, teacher)
-            token, broken = chooser.choose(last[:, 0], talks, spoken, recent)
-            ended = broken | (token == config.end_of_speech)
-            finished, failed = finished | (talks & ended), failed | broken
-            talks = talks & ~ended
-            chosen.append(torch.where(talks, token, 0).to(torch.int32))
-            spoken = spoken + talks
-            recent = torch.where(talks[:, None], torch.cat([recent[:, 1:], token[:, None]], dim=1), recent)
-        write_rows(state.speech, entries, spoken)
-        write_rows(state.recent, entries, recent)
-        write_rows(state.finished, entries, finished)
-        write_rows(state.failed, entries, failed)
-        tokens = torch.stack(chosen, dim=1) if chosen else vectors.new_zeros(len(rows), 0, dtype=torch.int32)
-        return F.pad(tokens, (0, config.speech_block - tokens.shape[1])), (spoken - before).to(torch.int32)
+                inputs = self.speech_embedding(speech.recent[:, -1:].clamp(min=0).long())
+                rows = torch.where(speech.talks, rows, -1).to(torch.int32)
+                last = self._append(inputs, speech.talks.to(torch.int32), state, rows, teacher)
+            token, broken = chooser.choose(last[:, 0], speech.talks, speech.spoken, speech.recent)
+            speech.take(token, broken, self.config.end_of_speech)
 
     def _feed(
         self,

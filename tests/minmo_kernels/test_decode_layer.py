@@ -157,6 +157,6 @@ def test_a_replayed_graph_is_the_eager_step():
 def replace_tensors(arguments):
     """The same call on the meta device."""
     model, state = Backbone(CONFIG).to("meta", arguments["x"].dtype), arguments["state"]
-    layers = [replace(cache, k=on_meta(cache.k), v=on_meta(cache.v)) for cache in state.layers]
-    state = replace(state, layers=layers, lengths=on_meta(state.lengths))
+    cache = replace(state.cache, k=on_meta(state.cache.k), v=on_meta(state.cache.v))
+    state = replace(state, cache=cache, lengths=on_meta(state.lengths))
     return {**{k: on_meta(v) for k, v in arguments.items()}, "model": model, "state": state}

@@ -34,7 +34,11 @@ def chip_of(device: torch.device, sm: int) -> Chip:
     """The GPU of a launch, or one of capability `sm` where launches are only recorded (0 = the interpreter)."""
     if sm == 0:
         return INTERPRETER
-    return _chip(device) if device.type == "cuda" else SHIPPED.get(sm, Chip(sms=132))
+    if torch.cuda.is_available():  # what is recorded for a warm-up is for the GPU that is here
+        major, minor = torch.cuda.get_device_capability()
+        if device.type == "cuda" or sm == 10 * major + minor:
+            return _chip(device if device.type == "cuda" else torch.device("cuda", torch.cuda.current_device()))
+    return SHIPPED.get(sm, Chip(sms=132))
 
 
 @functools.cache
