@@ -24,6 +24,7 @@ from minmo.config import TICK, is_whole
 from minmo.fast.graphs import BUCKETS, Capture, CudaCapture, Graphed, bucket, replay
 from minmo.fast.layer import CPULayer, GPULayer, Turns
 from minmo.fast.linear import WEIGHTS, activations, packed
+from minmo.fast.one_launch import ONE_LAUNCH, Verdict, decoder_steps, install
 from minmo.model import MAX_POSITIONS, MOST_POSITIONS, PREFILL, MinMo, MinMoState, Seats, shapes
 from minmo.modules.backbone import Backbone, DecoderLayer
 from minmo.state import all_rows, full_lengths
@@ -45,8 +46,9 @@ class FastMinMo(MinMo):
     a reply (query, text and speech tokens); prefill: positions of a prompt that are read at once, for which other
     sessions wait. weights: "fp32", "bf16", "int8" (a scale an output) or "int4" (a scale and
     a zero point for 32 inputs), by default the model's own dtype. graphs: "auto" replays steps as CUDA graphs on a GPU,
-    "off" runs them launch by launch. Raises ValueError for an unknown format and for a state that does not fit in
-    memory.
+    "off" runs them launch by launch. one_launch: "auto" decodes in a single launch a step where a results file of this
+    GPU shows it right and faster (`explain` says which), "on" always, for up to 8 rows, "off" never. Raises ValueError
+    for an unknown format, for a state that does not fit in memory, and where one_launch is "on" and cannot be.
 
     One thread at a time: while sessions sit in an engine, a call from a thread other than theirs raises.
     """
@@ -61,6 +63,7 @@ class FastMinMo(MinMo):
         prefill: int = PREFILL,
         weights: str | None = None,
         graphs: str = "auto",
+        one_launch: str = "auto",
         keep_model: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # the parts exist
@@ -84,7 +87,7 @@ class FastMinMo(MinMo):
             weights = "fp32" if model.dtype == torch.float32 else "bf16"
         _check_settings(
             rows=rows, max_positions=max_positions, max_voice_positions=max_voice_positions, prefill=prefill,
-            weights=weights, graphs=graphs, keep_model=keep_model,
+            weights=weights, graphs=graphs, one_launch=one_launch, keep_model=keep_model,
         )  # fmt: skip
         _check_room(model, weights, rows, max_positions, max_voice_positions)
         self.weights, self.capacity, self.prefill = weights, rows, min(prefill, max_positions)
@@ -103,6 +106,15 @@ class FastMinMo(MinMo):
         self._graphed: list[Graphed] = []
         if graphs == "auto" and self.device.type == "cuda":
             self._replay_with(CudaCapture)
+        self._verdicts: list[Verdict] = []
+        if one_launch == "on" and self.device.type != "cuda":
+            raise ValueError('one_launch "on" needs a GPU: on a CPU leave it at "auto"')
+        if self.device.type == "cuda":
+            steps = decoder_steps(self, self._state)
+            self._verdicts, single = install(
+                steps, one_launch, torch.cuda.get_device_name(self.device), weights
+            )  # fmt: skip
+            self._graphed += single
 
     @classmethod
     def from_pretrained(
@@ -133,6 +145,12 @@ class FastMinMo(MinMo):
             replay(self.vocoder, "_unit", speaking.vocoder, speak, rows),
             replay(self.vocoder, "_advance", speaking.vocoder, speak, rows, lambda mel, *_: mel.shape[1] in frames),
         ]
+
+    def explain(self) -> str:
+        """How decoders take their steps, and by which results file, or that there is none."""
+        if self.device.type != "cuda":
+            return "decoders step by PyTorch's operations: this engine is on a CPU"
+        return "\n".join(map(str, self._verdicts))
 
     @property
     def _mel_frames(self) -> tuple[int, ...]:
@@ -273,6 +291,7 @@ def _check_settings(
     prefill: int = PREFILL,
     weights: str | None = None,
     graphs: str = "auto",
+    one_launch: str = "auto",
     keep_model: bool = False,
 ) -> None:
     """Raises ValueError for a setting of FastMinMo that cannot be."""
@@ -280,6 +299,8 @@ def _check_settings(
         raise ValueError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     if graphs not in GRAPHS:
         raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {graphs!r}")
+    if one_launch not in ONE_LAUNCH:
+        raise ValueError(f"one_launch must be one of {', '.join(ONE_LAUNCH)}, got {one_launch!r}")
     if not isinstance(keep_model, bool):
         raise ValueError(f"keep_model must be True or False, got {keep_model!r}")
     for name, size, most in (

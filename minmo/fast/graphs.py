@@ -100,6 +100,10 @@ class Graphed:
         self.complete = False
         """Whether everything that is expected has been captured."""
 
+    def twin(self) -> Graphed:
+        """The same step with graphs of its own."""
+        return Graphed(self.function, self._state, self._fits, self._capture, self._most_rows)
+
     @property
     def function(self) -> Callable[..., Any]:
         """The step, launch by launch."""

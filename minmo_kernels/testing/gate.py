@@ -132,9 +132,10 @@ def faults(
     if binary.stack and ("stack" not in reasons or (known and binary.stack > (budget or {}).get("stack", 0))):
         yield f"it keeps {binary.stack} bytes a thread in memory: registers spill"
     if record.options.get("launch_cooperative_grid"):
+        blocks = math.prod(record.grid)
         for chip in CHIPS[sm]:
-            if (fits := resident_blocks(binary, chip)) * chip.sms < math.prod(record.grid):
-                yield f"{math.prod(record.grid)} blocks are not at once on a {chip.name}: its {chip.sms} SMs hold {fits} each"
+            if (fits := resident_blocks(binary, chip)) * chip.sms < blocks:
+                yield f"{blocks} blocks are not at once on a {chip.name}, whose {chip.sms} SMs hold {fits} each"
     if binary.shared > SHARED_LIMIT[sm]:
         yield f"{binary.shared} bytes of shared memory; sm_{sm} has {SHARED_LIMIT[sm]}"
     for instruction, expected in expected_instructions(record, sm).items():

@@ -42,6 +42,7 @@ def fewer(spec, usual=RUN):
     """The settings of an operation, with fewer examples where they take long."""
     return settings(usual, max_examples=max(2, usual.max_examples // spec.cost))
 
+
 numbers = pytest.mark.skipif(not (launch.INTERPRETING or DEVICE == "cuda"), reason="needs TRITON_INTERPRET=1 or a GPU")
 interpreted = pytest.mark.skipif(not launch.INTERPRETING, reason="needs TRITON_INTERPRET=1: it makes tensors on a CPU")
 

@@ -1,4 +1,5 @@
-"""A whole decode step in one launch: every layer of a decoder, its last norm, and where wanted tokens one after another."""
+"""A whole decode step in one launch: every layer of a decoder, its last norm, and where wanted tokens one after
+another."""
 
 from __future__ import annotations
 
@@ -88,18 +89,19 @@ def decoder_step(
     tokens (batch, steps) int32, or (batch, 0) without a head.
 
     With a head (vocab, dim), int8 with head_scale (vocab,), head_bias (vocab,) or None, each step draws a token from
-    the last norm's output as `sample_token` does: seeds, positions, temperature, top_k, top_p, history as there, none of
-    them written (a step within the launch has the position after and sees the tokens before it), banned (batch, n). The
-    next step's input is the token's row of embedding (vocab, dim). `end` (-1 = none) ends an entry: it is not drawn
+    the last norm's output as `sample_token` does: seeds, positions, temperature, top_k, top_p, history as there, none
+    of them written (a step within the launch has the position after and sees the tokens before it), banned (batch, n).
+    The next step's input is the token's row of embedding (vocab, dim). `end` (-1 = none) ends an entry: it is not drawn
     where fewer than least (batch,) int64 is the position, and given where `most` (batch,) int64 is reached (None = no
     bound). An entry that has ended gives -1 from then on; one whose logits hold NaN gives BROKEN (-2) and ends. So an
     entry has taken as many positions as its tokens that are not -1. `hidden` is then the last step's, zeros for entries
     that ended before it.
 
-    sync: `new_sync`, on the device, for this and no other launch at a time; a launch leaves the first two words zero. Its
-    third is the error word: not zero, nothing of the result means anything, caches hold what they held up to `lengths`,
-    and the caller sets it to zero and does the step by other means. A block sets it that has waited `spins` looks at a
-    barrier (1 + the instruction's index in `schedule.program`). share: of the GPU's multiprocessors, above 0 up to 1.
+    sync: `new_sync`, on the device, for this and no other launch at a time; a launch leaves the first two words zero.
+    Its third is the error word: not zero, nothing of the result means anything, caches hold what they held up to
+    `lengths`, and the caller sets it to zero and does the step by other means. A block sets it that has waited `spins`
+    looks at a barrier (1 + the instruction's index in `schedule.program`). share: of the GPU's multiprocessors, above 0
+    up to 1.
 
     Raises ValueError for shapes, dtypes or devices that do not fit, and on a CPU for positions past a linear cache's
     capacity; BackendError, before anything runs, where the grid does not fit on the GPU at once.
@@ -193,9 +195,7 @@ def _check_shape(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], x: 
     check(tuple(tensor.shape) == shape, lambda: f"{op}: {name} must be {shape}, got {tuple(tensor.shape)}")
 
 
-def _check_weight(
-    op: str, name: str, weight: Tensor, scale: Tensor | None, shape: tuple[int, ...], x: Tensor
-) -> None:
+def _check_weight(op: str, name: str, weight: Tensor, scale: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     check_tensor(op, name, weight, " ".join(map(str, shape)), x.device, x.dtype, torch.int8)
     check(tuple(weight.shape) == shape, lambda: f"{op}: {name} must be {shape}, got {tuple(weight.shape)}")
     whole = weight.dtype != torch.int8

@@ -1,9 +1,9 @@
-"""How a block walks the instruction list, as one function from state to state: what `machine.py` executes and `proof.py`
-explores. The kernel does the same (`kernel.py`, `_decoder_step`).
+"""How a block walks the instruction list, as one function from state to state: what `machine.py` executes and
+`proof.py` explores. The kernel does the same (`kernel.py`, `_decoder_step`).
 
-Counters are those of the kernel's `sync` words: arrivals at barriers, blocks that have left, and the error word. A block
-that waits in vain for its bound sets the error word; every waiting block looks at it, and leaves. The last block to leave
-takes the first two counters back to zero, in error too, so that the next launch needs no call of the host.
+Counters are those of the kernel's `sync` words: arrivals at barriers, blocks that have left, and the error word. A
+block that waits in vain for its bound sets the error word; every waiting block looks at it, and leaves. The last block
+to leave takes the first two counters back to zero, in error too, so that the next launch needs no call of the host.
 """
 
 from __future__ import annotations
@@ -91,5 +91,3 @@ def advance(
 def expire(block: Block, counters: Counters) -> tuple[Block, Counters]:
     """A waiting block's bound runs out: it says so, and leaves."""
     return block._replace(stage=Stage.LEAVE), counters._replace(error=counters.error or block.at + 1)
-
-

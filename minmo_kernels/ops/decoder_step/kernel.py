@@ -143,10 +143,16 @@ def _decoder_step(
         one = listed_ptr + at * COLUMNS
         phase, layer, step, tiles = tl.load(one), tl.load(one + 1).to(tl.int64), tl.load(one + 2), tl.load(one + 3)
         wait, signal = tl.load(one + 4), tl.load(one + 5)
-        # Nothing, which the compiler cannot know: addresses are then made by the phase that uses them. Taken out of this
-        # loop, those of all phases would fill the registers of each.
+        # Nothing, which the compiler cannot know: addresses are then made by the phase that uses them. Taken out of
+        # this loop, those of all phases would fill the registers of each.
         none = tl.load(one + 8) * 128
-        x, q, inner, merged, alive = stream_ptr + none, q_ptr + none, inner_ptr + none, merged_ptr + none, alive_ptr + none
+        x, q, inner, merged, alive = (
+            stream_ptr + none,
+            q_ptr + none,
+            inner_ptr + none,
+            merged_ptr + none,
+            alive_ptr + none,
+        )
         parted, sums, ends = parts_ptr + none, lse_ptr + none, ends_ptr + none
         if PREFETCH:
             _ask_ahead(
@@ -261,8 +267,9 @@ def _decoder_step(
 def _arrivals(sync_ptr, wanted, spins, at, tiles):
     """Waits until so many arrivals are counted -> tiles, or -1 where this block or another has given up.
 
-    Looks are plain loads past the first-level cache, of each warp for itself. What decides is then read by an atomic, one
-    thread's for all: it acquires what other blocks have released, and no warp can see another answer than its block.
+    Looks are plain loads past the first-level cache, of each warp for itself. What decides is then read by an atomic,
+    one thread's for all: it acquires what other blocks have released, and no warp can see another answer than its
+    block.
     """
     seen = tl.load(sync_ptr, volatile=True)
     error = tl.load(sync_ptr + 2, volatile=True)
@@ -435,7 +442,5 @@ def _sample(
                 tl.store(seen_ptr + row.to(tl.int64) * recent + step % recent, token)
             _forbid_end(entry, position + 1, least_ptr, off_ptr, forbidden, end)
             if embedding_ptr is not None:
-                _copy(
-                    embedding_ptr + token.to(tl.int64) * DIM, stream_ptr + entry.to(tl.int64) * DIM, DIM, BLOCK_K
-                )
+                _copy(embedding_ptr + token.to(tl.int64) * DIM, stream_ptr + entry.to(tl.int64) * DIM, DIM, BLOCK_K)
     tl.store(tokens_ptr + entry * steps + step, token)

@@ -16,7 +16,7 @@ from torch import Tensor
 from minmo_kernels.dispatch import compute_dtype
 from minmo_kernels.ops.append_kv.reference import rotate
 from minmo_kernels.ops.decoder_step.control import Block, Counters, Stage, Tile, advance
-from minmo_kernels.ops.decoder_step.schedule import Instruction, Phase, Program, Shape, Tiles, program
+from minmo_kernels.ops.decoder_step.schedule import Instruction, Program, Shape, Tiles, program
 from minmo_kernels.ops.gate_up_swiglu.reference import reference as gate_up_swiglu
 from minmo_kernels.ops.linear_residual.reference import dequantised
 from minmo_kernels.ops.linear_residual.reference import reference as linear_residual

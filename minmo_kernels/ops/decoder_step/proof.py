@@ -2,13 +2,13 @@
 
     python -m minmo_kernels.ops.decoder_step.proof
 
-A model of memory stands in for the tensors: each cell holds the number of the instruction and launch that wrote it last.
-A tile reads its cells in one step and writes them in another, and what it must find there is what it finds when one
-block after another runs each phase. Checked in every reachable state: no block waits for ever, every tile reads what it
-must, and at the end of a launch the counters are zero. Stores are seen by other blocks at once ("early"), or at the
-storing block's next arrival and no sooner ("late"). With `expires`, one waiting block may run out of its bound at any
-moment: the others must then leave by the error word alone, the counters be zero again, and the next launch, before which
-the host has taken the word back, be as right as any.
+A model of memory stands in for the tensors: each cell holds the number of the instruction and launch that wrote it
+last. A tile reads its cells in one step and writes them in another, and what it must find there is what it finds when
+one block after another runs each phase. Checked in every reachable state: no block waits for ever, every tile reads
+what it must, and at the end of a launch the counters are zero. Stores are seen by other blocks at once ("early"), or at
+the storing block's next arrival and no sooner ("late"). With `expires`, one waiting block may run out of its bound at
+any moment: the others must then leave by the error word alone, the counters be zero again, and the next launch, before
+which the host has taken the word back, be as right as any.
 
 The check is worth something if it notices errors: `mutants` are lists with a barrier dropped, moved or miscounted, and
 protocols with a fault.
@@ -97,8 +97,8 @@ class _Model:
         return layer if buffer == KV else 0
 
     def _cells(self, at: int, tile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(read, written) cells of a tile. Of a buffer with more cells than a phase has tiles, tile t has t, t + n ..."""
-        one = self.listed[at]
+        """(read, written) cells of a tile. Of a buffer with more cells than a phase has tiles, tile t has t, t + n
+        ...""" one = self.listed[at]
 
         def cells(buffer: str, own: bool) -> Iterator[int]:
             for cell in range(self.width.get(buffer, 0)):
@@ -138,13 +138,11 @@ def check(
     faults: Faults = NO_FAULTS,
     releases: bool = True,
 ) -> Verdict:
-    """Explores every interleaving of `launches` launches. right: the list that says what tiles must find, where `listed`
-    is a mutant of it. releases: whether an arrival makes a block's stores seen (late)."""
+    """Explores every interleaving of `launches` launches. right: the list that says what tiles must find, where
+    `listed` is a mutant of it. releases: whether an arrival makes a block's stores seen (late)."""
     model = _Model(right or listed)
     model.run_in_order(launches)
-    start = _State(
-        (Block(),) * blocks, Counters(), (NOTHING,) * len(model.cells), (None,) * blocks, ((),) * blocks, 0
-    )
+    start = _State((Block(),) * blocks, Counters(), (NOTHING,) * len(model.cells), (None,) * blocks, ((),) * blocks, 0)
     seen, todo = {start}, [start]
     try:
         while todo:
@@ -225,9 +223,7 @@ def _steps(
             raise Failure(f"tile {tile.tile} of {wrong.phase.name}, layer {wrong.layer}, reads what is not written yet")
         moved = moved._replace(busy=_with(state.busy, me, tile))
     if releasing and releases and state.pending[me]:
-        moved = moved._replace(
-            memory=_stored(state.memory, state.pending[me]), pending=_with(state.pending, me, ())
-        )
+        moved = moved._replace(memory=_stored(state.memory, state.pending[me]), pending=_with(state.pending, me, ()))
     yield moved
 
 
@@ -264,8 +260,8 @@ class Mutant:
 
 
 def mutants(listed: Program, blocks: int) -> Iterator[Mutant]:
-    """Each barrier dropped, moved to either side, and miscounted by one and by a grid; each arrival forgotten or counted
-    twice; and faults of the protocol."""
+    """Each barrier dropped, moved to either side, and miscounted by one and by a grid; each arrival forgotten or
+    counted twice; and faults of the protocol."""
 
     def changed(at: int, **fields: int) -> Program:
         return (*listed[:at], replace(listed[at], **fields), *listed[at + 1 :])
@@ -281,7 +277,9 @@ def mutants(listed: Program, blocks: int) -> Iterator[Mutant]:
             )
             if at + 1 < len(listed):
                 later = replace(listed[at + 1], wait=max(one.wait, listed[at + 1].wait))
-                yield Mutant(f"barrier before {name} an instruction late", (*earlier[: at + 1], later, *listed[at + 2 :]))
+                yield Mutant(
+                    f"barrier before {name} an instruction late", (*earlier[: at + 1], later, *listed[at + 2 :])
+                )
             for off in (-blocks, -1, 1, blocks):
                 if one.wait + off > 0 or off == -1:
                     yield Mutant(f"barrier before {name} counts {off:+d}", changed(at, wait=one.wait + off))

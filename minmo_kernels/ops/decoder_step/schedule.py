@@ -1,9 +1,9 @@
 """The instruction list of `decoder_step`: what every block of its one launch does, in order, as data.
 
-An instruction is a phase over a number of tiles; block b of G takes the tiles b, b + G, b + 2 G ... Where the next phase
-reads what other blocks write, a barrier lies between: each block adds to a counter when its tiles are done (`signal`),
-and starts the next instruction once so many arrivals were counted (`wait`). The counter only rises within a launch, so a
-barrier is a number; the last block to leave takes it back to zero for the next launch.
+An instruction is a phase over a number of tiles; block b of G takes the tiles b, b + G, b + 2 G ... Where the next
+phase reads what other blocks write, a barrier lies between: each block adds to a counter when its tiles are done
+(`signal`), and starts the next instruction once so many arrivals were counted (`wait`). The counter only rises within a
+launch, so a barrier is a number; the last block to leave takes it back to zero for the next launch.
 
 The list is made on the host from the decoder's shape, the tiles' sizes and the grid, and read by the kernel
 (`kernel.py`), by the machine that is the reference (`machine.py`), and by the proof (`proof.py`).
@@ -80,8 +80,8 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Instruction:
-    """wait: arrivals that must have been counted before it starts (0 = none). signal: arrivals that each block adds after
-    its tiles. ahead: instruction whose weights a block asks the level-2 cache for before it waits (-1 = none)."""
+    """wait: arrivals that must have been counted before it starts (0 = none). signal: arrivals that each block adds
+    after its tiles. ahead: instruction whose weights a block asks the level-2 cache for before it waits (-1 = none)."""
 
     phase: Phase
     layer: int
@@ -155,14 +155,14 @@ def _looking_ahead(made: list[Instruction]) -> Iterator[Instruction]:
 
 
 COLUMNS = 9
-"""Numbers of an instruction in the table: the fields of Instruction, but of `ahead` the phase (-1 = none) and the layer;
-and a zero."""
+"""Numbers of an instruction in the table: the fields of Instruction, but of `ahead` the phase (-1 = none) and the
+layer; and a zero."""
 
 
 @functools.cache
 def table(listed: Program, device: torch.device) -> torch.Tensor:
-    """The list as the kernel reads it, (instructions, COLUMNS) int32: phase, layer, step, tiles, wait, signal, phase and
-    layer of the weight to ask for, 0."""
+    """The list as the kernel reads it, (instructions, COLUMNS) int32: phase, layer, step, tiles, wait, signal, phase
+    and layer of the weight to ask for, 0."""
     numbers = []
     for one in listed:
         coming = listed[one.ahead] if one.ahead >= 0 else None

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from minmo_kernels import quantise
 from minmo_kernels.ops.decoder_step import decoder_step, new_sync
+from minmo_kernels.ops.gate_up_swiglu import gate_up_swiglu
 from minmo_kernels.ops.linear_residual import linear_residual
 from minmo_kernels.ops.merge_linear_residual import merge_linear_residual
-from minmo_kernels.ops.gate_up_swiglu import gate_up_swiglu
 from minmo_kernels.ops.rms_norm import rms_norm
 from minmo_kernels.ops.rms_norm_qkv_rope_append import rms_norm_qkv_rope_append
 from minmo_kernels.ops.sample_token.spec import philox

@@ -118,8 +118,8 @@ def _sample(
         tl.store(ids_ptr + entry, -1)
         return
     drawn = sample_tile(
-        entry, row, logits_ptr, seeds_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, history_ptr, banned_ptr,
-        keys_ptr, recent, banned_count, stream, repetition_limit, VOCAB, RECENT, BLOCK,
+        entry, row, logits_ptr, seeds_ptr, positions_ptr, temperature_ptr, top_k_ptr, top_p_ptr, history_ptr,
+        banned_ptr, keys_ptr, recent, banned_count, stream, repetition_limit, VOCAB, RECENT, BLOCK,
     )  # fmt: skip
     tl.store(ids_ptr + entry, drawn)
 
