@@ -24,6 +24,7 @@ from minmo.fast.graphs import BUCKETS, Graphed
 from minmo.fast.layer import MOST_FUSED_ROWS, GPULayer
 from minmo.fast.linear import KernelLinear
 from minmo.model import MinMo, MinMoState
+from minmo.modules.backbone import Backbone
 from minmo.modules.duplex import DuplexPredictor
 from minmo.modules.voice_decoder import SPEECH_STREAM, Speech, VoiceDecoder
 from minmo.state import KVCache, State, advanced, nobody, write_rows
@@ -71,14 +72,15 @@ def verdict(gpu: str, part: str, rows: int, weights: str, folder: Path | None = 
 class Stack:
     """The weights of a decoder's layers, as `decoder_step` takes them."""
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        if any(not isinstance(layer, GPULayer) for layer in layers):
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        layers = [layer for layer in modules if isinstance(layer, GPULayer)]
+        if len(layers) < len(modules):
             raise ValueError("one launch a step needs a GPU: on a CPU a layer's operations are PyTorch's")
         for name in PROJECTIONS.values():
             for layer in layers:
                 if getattr(getattr(layer, name), "zero", None) is not None:
                     raise ValueError("one launch a step takes bf16 and int8 weights, not int4: choose other weights")
-        c = layers[0].config  # type: ignore[union-attr]
+        c = layers[0].config
         self.weights: dict[str, Any] = {
             "input_norm": _stacked([layer.input_norm for layer in layers], "weight"),
             "post_norm": _stacked([layer.post_norm for layer in layers], "weight"),
@@ -91,7 +93,7 @@ class Stack:
                 self.weights[f"{label}_scale"] = _stacked(linears, "scale")
         self.weights |= {
             "heads": c.heads, "kv_heads": c.kv_heads, "eps": c.norm_eps, "rope_theta": c.rope_theta
-        }  # type: ignore[union-attr]  # fmt: skip
+        }  # fmt: skip
         self.sync = new_sync(self.weights["input_norm"].device)
         self.on = False
         """Whether steps are single launches now."""
@@ -200,15 +202,15 @@ def always(*_: Any) -> bool:
     return True
 
 
-def in_backbone(backbone: nn.Module) -> Stack:
+def in_backbone(backbone: Backbone) -> Stack:
     """Puts single launches in a Backbone's place for its layers and last norm, where its stack is on."""
-    stack, layers = Stack(list(backbone.layers)), backbone._through  # type: ignore[arg-type, attr-defined]
+    stack, layers = Stack(list(backbone.layers)), backbone._through
 
     def through(x: Tensor, lengths: Tensor, state: Any, rows: Tensor, ends: Tensor) -> Tensor:
         if not stack.on or x.shape[1] != 1 or len(x) > MOST_FUSED_ROWS:
             return layers(x, lengths, state, rows, ends)
         hidden, _ = stack.step(
-            x[:, 0], state.cache, rows, state.lengths, final_norm=backbone.norm.weight  # type: ignore[union-attr]
+            x[:, 0], state.cache, rows, state.lengths, final_norm=backbone.norm.weight
         )  # fmt: skip
         return hidden[:, None]
 
@@ -236,9 +238,10 @@ def in_voice_decoder(decoder: VoiceDecoder) -> Stack:
     device = stack.sync.device
     others = [id for id in range(c.codes, c.vocab) if id != c.end_of_speech]
     banned = torch.tensor([others] * MOST_FUSED_ROWS, dtype=torch.int32, device=device)
-    head: dict[str, Tensor | None] = {"head": decoder.head.weight, "head_bias": decoder.head.bias}  # type: ignore
-    if isinstance(decoder.head, KernelLinear):
-        head["head_scale"] = decoder.head.scale
+    packed: nn.Module = decoder.head
+    head: dict[str, Any] = {"head": packed.weight, "head_bias": packed.bias}
+    if isinstance(packed, KernelLinear):
+        head["head_scale"] = packed.scale
 
     def speak(last: Tensor, chooser: Any, speech: Speech, state: Any, rows: Tensor, teacher: Any) -> None:
         if not stack.on or teacher is not None or len(rows) > MOST_FUSED_ROWS or nobody(speech.talks):

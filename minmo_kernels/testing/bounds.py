@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from minmo_kernels.testing.binary import Binary, Loop
 
@@ -84,11 +84,15 @@ def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
 
 def slowest(binary: Binary, stages: int, streamed: int) -> Bounds:
     """Of a binary with several loops that stream weights (a persistent kernel's phases), those of the one that is the
-    most limited: of loops that load at least a smallest tile, `streamed` bytes a warp, and have no exponentials, which
-    are attention's and the choice's."""
-    loops = [loop for loop in binary.loops() if loaded_bytes(loop.own) >= streamed]
-    weights = [loop for loop in loops if not any("MUFU.EX2" in text for text in loop.own + loop.nested)]
-    found = [_of_loop(binary, loop, stages, streamed) for loop in weights]
+    most limited. Counted are innermost loops whose loads of 16 bytes a thread, which weights are, come to `streamed` at
+    least, the bytes of the smallest tile that a warp takes; not those with exponentials: attention, its merge and the
+    choice, which operations of their own are held to."""
+    found = []
+    for loop in binary.loops():
+        wide = loaded_bytes([text for text in loop.own if ".128" in text])
+        if not loop.nested and wide >= streamed and not any("MUFU.EX2" in text for text in loop.own):
+            bound = _of_loop(binary, loop, stages, wide)
+            found.append(replace(bound, loaded=bound.loaded // max(1, wide // streamed)))
     return min(found, key=lambda bound: bound.rate, default=Bounds(0, float("inf"), float("inf"), 0))
 
 

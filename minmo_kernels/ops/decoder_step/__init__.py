@@ -167,16 +167,16 @@ def decoder_step(
             ("least", least, torch.int64, batch),
             ("most", most, torch.int64, batch),
         )
-        for label, tensor, dtype, size in settings:
-            if tensor is None:
+        for label, given, dtype, size in settings:
+            if given is None:
                 check(label in ("least", "most"), lambda label=label: f"{name}: a head needs {label}")
                 continue
-            check_tensor(name, label, tensor, "n", device, dtype)
-            check(len(tensor) == size, lambda label=label, size=size: f"{name}: {label} must have {size} values")
-        for label, tensor, size in (("history", history, sessions), ("banned", banned, batch)):
-            if tensor is not None:
-                check_tensor(name, label, tensor, "n ids", device, torch.int32)
-                check(len(tensor) == size, lambda label=label, size=size: f"{name}: {label} must have {size} rows")
+            check_tensor(name, label, given, "n", device, dtype)
+            check(len(given) == size, lambda label=label, size=size: f"{name}: {label} must have {size} values")
+        for label, given, size in (("history", history, sessions), ("banned", banned, batch)):
+            if given is not None:
+                check_tensor(name, label, given, "n ids", device, torch.int32)
+                check(len(given) == size, lambda label=label, size=size: f"{name}: {label} must have {size} rows")
         check(-1 <= end < vocab, lambda: f"{name}: end must be an id below {vocab}, or -1, got {end}")
         check(0 <= stream < 2**32, lambda: f"{name}: stream must be in 0 .. 2^32 - 1, got {stream}")
         check(repetition_limit >= 1, lambda: f"{name}: repetition_limit must be at least 1, got {repetition_limit}")

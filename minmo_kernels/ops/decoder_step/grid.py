@@ -45,7 +45,7 @@ def chip_of(device: torch.device, sm: int) -> Chip:
 def _chip(device: torch.device) -> Chip:
     p = torch.cuda.get_device_properties(device)
     return Chip(
-        sms=p.multi_processor_count, registers=p.regs_per_multiprocessor, shared=p.shared_memory_per_multiprocessor,
+        sms=p.multi_processor_count, shared=p.shared_memory_per_multiprocessor,
         threads=p.max_threads_per_multi_processor, cache=p.L2_cache_size,
     )  # fmt: skip
 
@@ -86,6 +86,6 @@ def refused(grid: Grid, fits: int) -> str | None:
         return None
     return (
         f"its {grid.blocks} blocks are not on this GPU at once: {grid.sms} of {grid.chip.sms} multiprocessors hold "
-        f"{fits} each, {grid.sms * fits} in all, and {grid.each} each are wanted; lower `blocks` in the launch table, or "
-        "take the layers' own launches"
+        f"{fits} each, {grid.sms * fits} in all, and {grid.each} each are wanted; lower `blocks` in the launch "
+        "table, or take the layers' own launches"
     )

@@ -91,7 +91,7 @@ class Arguments:
 
 
 def reference(*arguments: object) -> tuple[Tensor, Tensor]:
-    given = Arguments(*arguments)  # type: ignore[arg-type]
+    given = Arguments(*arguments)
     shape = given.shape(PARTS, merges_ahead=False)
     if shape.batch == 0:
         return torch.empty_like(given.x), given.x.new_empty((0, shape.steps * bool(shape.vocab)), dtype=torch.int32)
@@ -242,7 +242,7 @@ class Machine:
                 sample_token(
                     self.logits[mine], self.alive[mine], given.seeds, self.positions, given.temperature, given.top_k,
                     given.top_p, self.history, banned, given.stream, given.repetition_limit,
-                )  # type: ignore[arg-type]
+                )
             )  # fmt: skip
             if given.most is not None and position >= given.most[entry]:
                 token = given.end

@@ -97,8 +97,8 @@ class _Model:
         return layer if buffer == KV else 0
 
     def _cells(self, at: int, tile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(read, written) cells of a tile. Of a buffer with more cells than a phase has tiles, tile t has t, t + n
-        ...""" one = self.listed[at]
+        """(read, written) cells: of a buffer with more cells than a phase has tiles, n, tile t has t, t + n …"""
+        one = self.listed[at]
 
         def cells(buffer: str, own: bool) -> Iterator[int]:
             for cell in range(self.width.get(buffer, 0)):

@@ -278,8 +278,8 @@ def _equals_its_launches(case: Case) -> None:
 
 
 def cases(dims: Mapping[str, int]) -> Iterator[Case]:
-    """Of a decoder with these sizes (layers, dim, ffn, heads, kv_heads, head_dim, capacity, vocab): a position, and the
-    tokens that one launch draws: all but the first of a speech block, one where there are no blocks."""
+    """Of a decoder with these sizes (layers, dim, ffn, heads, kv_heads, head_dim, capacity, vocab): all but the first
+    token of a speech block where it speaks in blocks, otherwise a position without head and choice."""
     for batch in (1, 8):
         for weights in ("full", "int8"):
             base = {
@@ -287,8 +287,8 @@ def cases(dims: Mapping[str, int]) -> Iterator[Case]:
                 "heads": (dims["heads"], dims["kv_heads"]), "head_dim": dims["head_dim"], "ffn": dims["ffn"],
                 "norm": True, "bias": True, "form": "linear", "capacity": dims["capacity"], "seed": 0,
             }  # fmt: skip
-            yield {**base, "vocab": 0, "steps": 1}
-            yield {**base, "vocab": dims["vocab"], "steps": max(1, dims.get("speech_block", 1) - 1)}
+            block = dims.get("speech_block", 1)
+            yield {**base, "vocab": dims["vocab"] if block > 1 else 0, "steps": max(1, block - 1)}
 
 
 def moved_bytes(case: Case) -> int:
