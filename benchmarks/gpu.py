@@ -3,7 +3,9 @@
     make gpu STAGE=test|tune|bench|steps|sanitize RESULTS=folder
 
 `test`, `bench` and `steps` go on where they stopped when they are called again with the same folder. Files are named
-after the GPU: `<gpu>-test.json`, `<gpu>-bench.json`; `tune` rewrites the launch table of this GPU's capability.
+after the GPU: `<gpu>-test.json`, `<gpu>-bench.json`; `tune` rewrites the launch table of this GPU's capability. `steps`
+also writes `<gpu>-one-launch.json`, by which `FastMinMo` chooses single launches: `one_launch.py`, in a process of its
+own for each line, with a watchdog.
 """
 
 from __future__ import annotations
@@ -16,14 +18,17 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 470
 """Seconds that a stage may take."""
-KERNEL_TESTS = ["tests/minmo_kernels/test_triton.py", "tests/minmo_kernels/test_decode_layer.py"]
-ENGINE_TESTS = ["tests/minmo/test_graphs.py", "tests/minmo/test_session.py"]
+WATCHED = 90
+"""Seconds that a line of single launches may take before its process is killed."""
+KERNEL_TESTS = [f"tests/minmo_kernels/test_{name}.py" for name in ("triton", "decode_layer", "decoder_step")]
+ENGINE_TESTS = [f"tests/minmo/test_{name}.py" for name in ("graphs", "one_launch", "session")]
 
 
 def python(*arguments: str, **environment: str) -> int:
@@ -82,6 +87,8 @@ def steps(path: Path) -> int:
     from minmo.fast import profile
 
     results, deadline = Results(path), time.monotonic() + LIMIT
+    if not _single_launches(Results(path.with_name(path.name.replace("-steps", "-one-launch"))), deadline):
+        return 124
     for weights in ("bf16", "int8", "int4"):
         for name in profile.STEPS:
             for context, rows in ((1024, (1, 2, 4, 8, 16, 32, 64)), (128, (1,)), (8192, (1,))):
@@ -101,6 +108,28 @@ def steps(path: Path) -> int:
                         results.keep(f"{key} {line.rows}", {**asdict(line), "torch": torch.__version__})
                 results.keep(key, {"done": True})
     return 0
+
+
+def _single_launches(results: Any, deadline: float) -> bool:
+    """A line for each part, format and bucket of rows, 10,000 replays each; False when time runs out."""
+    for part in ("speech block", "LLM"):
+        for weights in ("bf16", "int8"):
+            for rows in (1, 2, 4, 8):
+                if (key := f"{part} {weights} {rows}") in results.kept:
+                    continue
+                if time.monotonic() + WATCHED > deadline:
+                    return False
+                command = [sys.executable, "benchmarks/one_launch.py", part, weights, str(rows)]
+                failed = {"replays": 0, "wrong": 0, "faults": 1, "seconds": 1.0, "layers": 0.0}
+                try:
+                    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=WATCHED)
+                    if done.returncode == 0:
+                        results.keep(key, json.loads(done.stdout.splitlines()[-1]))
+                    else:
+                        results.keep(key, {**failed, "error": done.stderr[-2000:]})
+                except subprocess.TimeoutExpired:  # run() has killed it
+                    results.keep(key, {**failed, "error": f"it did not end within {WATCHED} s and was killed"})
+    return True
 
 
 def sanitize(path: Path) -> int:

@@ -1,10 +1,15 @@
 """What a token must cost on a GPU, from the operations' specs: launches, bytes, flops, floor, and a prediction.
 
     python profiling/roofline.py minmo-8b --gpu a100|h100|h200|l20 [--rows 1] [--context 1024] [--weights bf16]
+                                 [--persistent]
 
 floor: bytes over the memory's bandwidth. Predicted: the slower of memory and arithmetic for each launch, and the cost
 of a launch within a graph (one more a layer from three rows on is left out). These are PREDICTIONS; the last line is
 what `make gpu STAGE=steps` measured on such a GPU, where benchmarks/results holds it.
+
+--persistent: the same token as one launch (`decoder_step`): its barriers' cost and its bytes over the bandwidth. While
+a block waits it asks for the next weights, so what a barrier really costs lies between none and all of it; both are
+shown.
 """
 
 from __future__ import annotations
@@ -21,11 +26,15 @@ from rich.table import Table
 from minmo.config import MinMoConfig, load_config
 from minmo.fast.layer import MOST_FUSED_ROWS, PARTS
 from minmo.info import kernel_dims
+from minmo_kernels.ops.decoder_step.schedule import Shape, Tiles, barriers, program
 from minmo_kernels.spec import load_all
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 LAUNCH = 1.3e-6
 """Seconds that a kernel costs within a captured graph, boundaries included (quoted: Hazy Research, on an H100)."""
+BARRIER = 1.3e-6
+"""Seconds of a barrier of a grid, an assumption: no more than the boundary of two kernels, whose drain and refill it
+has (an atomic to the level-2 cache and back, and the last block's lateness)."""
 FORMATS = {"bf16": "full", "int8": "int8", "int4": "int4 g32"}
 
 
@@ -85,6 +94,36 @@ def token(config: MinMoConfig, part: str, rows: int, context: int, weights: str)
     ]
 
 
+@dataclass(frozen=True)
+class Persistent:
+    """A token as one launch."""
+
+    instructions: int
+    barriers: int
+    bytes: int
+    flops: int
+
+    def seconds(self, gpu: GPU, hidden: bool) -> float:
+        """hidden: barriers cost nothing, since the memory works through them."""
+        moving = max(self.bytes / gpu.bandwidth, self.flops / gpu.flops)
+        return moving + LAUNCH + (0.0 if hidden else self.barriers * BARRIER)
+
+
+def persistent(config: MinMoConfig, part: str, rows: int, context: int, weights: str) -> Persistent:
+    """The same token as `token`, by the instruction list that a launch would take."""
+    dims = {**kernel_dims(config)[part], "capacity": context + 1}
+    spec = load_all()["decoder_step"]
+    base = next(c for _, c in spec.cases_of({part: dims}) if c["weights"] == FORMATS[weights])
+    case = {**base, "batch": rows, "vocab": dims["vocab"], "steps": 1}
+    heads, kv_heads = case["heads"]
+    shape = Shape(
+        rows, dims["layers"], dims["dim"], heads, kv_heads, dims["head_dim"], dims["ffn"], dims["vocab"], parts=PARTS,
+        merges_ahead=rows > 2 or (weights == "int8" and rows > 1),
+    )  # fmt: skip
+    listed = program(shape, Tiles(qkv=8, out=8, gate_up=8, down=8, head=8), 1)
+    return Persistent(len(listed), barriers(listed), spec.bytes(case), spec.flops(case))
+
+
 KINDS = ("residual", "queries", "items", "int8")
 """What tells an operation's cases of one decoder apart, but formats and sizes."""
 
@@ -107,6 +146,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1, choices=range(1, MOST_FUSED_ROWS + 1), metavar="1..8")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--weights", choices=sorted(FORMATS), default="bf16")
+    parser.add_argument("--persistent", action="store_true", help="also as one launch a token; bf16 and int8")
     options = parser.parse_args()
     config, gpu, console = load_config(options.preset), GPUS[options.gpu], Console(width=140)
     where = f"{options.preset}, {options.rows} rows, context {options.context}, {options.weights}"
@@ -128,6 +168,17 @@ def main() -> None:
             f"{1e6 * sum(line.seconds(gpu) for line in found):.1f}",
         )  # fmt: skip
         console.print(table)
+        if options.persistent:
+            if options.weights == "int4":
+                raise ValueError("--persistent takes bf16 and int8 weights: one launch serves no others")
+            one = persistent(config, part, options.rows, options.context, options.weights)
+            launched = sum(line.seconds(gpu) for line in found)
+            least, most = (1e6 * one.seconds(gpu, hidden) for hidden in (True, False))
+            console.print(
+                f"  PREDICTION, as one launch: {one.bytes / 1e6:.1f} MB in {1e6 * one.bytes / gpu.bandwidth:.1f} µs,"
+                f" and {one.barriers} barriers of {1e6 * BARRIER:.1f} µs: {most:.1f} µs, or {least:.1f} µs where\n"
+                f"  prefetching hides them all; layer by layer {1e6 * launched:.1f} µs"
+            )
         real = measured(options.gpu, step, options.rows, options.context, options.weights)
         console.print(
             "  not measured: benchmarks/results has no such line (make gpu STAGE=steps)"

@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="minmo-8b")
     parser.add_argument("--sm", type=int, action="append", choices=sorted(CHIPS))
-    parser.add_argument("--operation", choices=list(load_all()))
+    parser.add_argument("--operation", "--op", choices=list(load_all()))
     parser.add_argument("--write-budgets", action="store_true", help="make what is measured now the budget")
     options = parser.parse_args()
     console, budgets = Console(width=200), {}

@@ -85,12 +85,12 @@ def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
 def slowest(binary: Binary, stages: int, streamed: int) -> Bounds:
     """Of a binary with several loops that stream weights (a persistent kernel's phases), those of the one that is the
     most limited. Counted are innermost loops whose loads of 16 bytes a thread, which weights are, come to `streamed` at
-    least, the bytes of the smallest tile that a warp takes; not those with exponentials: attention, its merge and the
-    choice, which operations of their own are held to."""
+    least, the bytes of the smallest tile that a warp takes; not those with special functions: attention, its merge and
+    the choice, which operations of their own are held to."""
     found = []
     for loop in binary.loops():
         wide = loaded_bytes([text for text in loop.own if ".128" in text])
-        if not loop.nested and wide >= streamed and not any("MUFU.EX2" in text for text in loop.own):
+        if not loop.nested and wide >= streamed and not any("MUFU" in text for text in loop.own):
             bound = _of_loop(binary, loop, stages, wide)
             found.append(replace(bound, loaded=bound.loaded // max(1, wide // streamed)))
     return min(found, key=lambda bound: bound.rate, default=Bounds(0, float("inf"), float("inf"), 0))

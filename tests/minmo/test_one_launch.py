@@ -163,7 +163,7 @@ def test_the_predictor_decides_in_one_launch():
 @pytest.mark.parametrize("kind", ["LLM", "speech block"])
 @torch.no_grad()
 def test_after_a_fault_the_step_is_done_again_layer_by_layer(kind, monkeypatch, caplog):
-    """The launch that gives up has spoilt what it could: outputs, caches beyond the lengths, and the state's numbers."""
+    """The launch that gives up has spoilt what it could: outputs, caches beyond the lengths, the state's numbers."""
     torch.manual_seed(0)
     config, cls = (LM, Backbone) if kind == "LLM" else (VOICE, VoiceDecoder)
     plain, other = made(cls, config, 3), made(cls, config, 3)

@@ -169,7 +169,7 @@ def test_a_grid_that_does_not_fit_is_refused_with_the_numbers():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_wait_in_vain_ends_with_the_error_word_on_a_gpu():
-    """A list that waits for an arrival too many: every block leaves, the counters are zero, the next launch is right."""
+    """An arrival that is lost: every block leaves, the counters are zero, the next launch is right."""
     case = {**CASE, "dtype": "bfloat16"}
     arguments = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in SPEC.make(case).items()}
     with mk.use_backend("triton"):
