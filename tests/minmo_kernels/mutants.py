@@ -124,6 +124,18 @@ MUTANTS = [
         "tl.where((share > 0.0)[:, :, None], value * share[:, :, None], 0.0)", "value * share[:, :, None]",
     ),
     Mutant(
+        "next token does not see the last", "decoder_step", "ops/decoder_step/kernel.py",
+        "tl.store(ends_ptr + sessions + row, length + 2)", "tl.store(ends_ptr + sessions + row, length + 1)",
+    ),
+    Mutant(
+        "every layer in the first one's cache", "decoder_step", "ops/decoder_step/kernel.py",
+        "return ptr + layer * sessions * capacity", "return ptr + layer * 0 * sessions * capacity",
+    ),
+    Mutant(
+        "an end that comes too early", "decoder_step", "ops/decoder_step/kernel.py",
+        "tl.where(early, end, -1)", "tl.where(early, -1, -1)",
+    ),
+    Mutant(
         "carry not kept", "log_mel", "ops/log_mel/kernel.py",
         "j = length + slot - left", "j = slot - left",
     ),

@@ -119,6 +119,8 @@ def _make(case: Case, g: torch.Generator) -> dict[str, Any]:
             "end": 1 if case["bias"] else -1,
             "stream": 2,
         }
+        if case["bias"]:  # so that an end is wanted before it may come
+            arguments["head_bias"][1] += 3.0
     if case["weights"] == "int8":
         for name in stacked + ["head"] * bool(vocab):
             numbers, scale = quantise.int8(arguments[name].flatten(0, -2))
