@@ -32,6 +32,12 @@ def run(app: typer.Typer) -> None:
     sys.exit(code or 0)
 
 
+def shown(text: str) -> str:
+    """Text that may be anybody's, without what would command a terminal: of characters that do not print, lines alone
+    are kept."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
 def _refuse(sentence: str) -> NoReturn:
-    err.print(f"minmo: {sentence}", style="red", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"minmo: {shown(sentence)}", style="red", highlight=False, markup=False, soft_wrap=True)
     sys.exit(2)

@@ -9,7 +9,7 @@ from typing import Any
 
 from minmo.evaluation.measures import Measure
 from minmo.evaluation.records import Record, read
-from minmo.evaluation.report import cells
+from minmo.evaluation.report import cell, cells
 from minmo.evaluation.scores import Score
 from minmo.evaluation.tasks import EVALUATIONS
 
@@ -32,9 +32,10 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """better or worse where the interval leaves zero out, else no difference that these items show."""
+        """better or worse where the interval leaves zero out, else no difference that these items show; one utterance
+        alone shows none."""
         low, high = self.difference.low, self.difference.high
-        if low is None or high is None or low <= 0 <= high:
+        if low is None or high is None or low <= 0 <= high or self.difference.n < 2:
             return "not told apart"
         return "better" if (low > 0) != self.less else "worse"
 
@@ -82,15 +83,14 @@ def _head(about: dict[str, Any], changes: Sequence[Change]) -> Iterator[str]:
     yield from ("# Compared, item by item", "")
     for name, made in about.items():
         untrained = "" if made["trained"] else " (UNTRAINED: random weights)"
-        yield f"- {name}: {made['model']}, {made['weights']}{untrained}, {made['sha256_of_tensors'][:12]}"
+        yield f"- {name}: {cell(made['model'])}, {cell(made['weights'])}{untrained}, {made['sha256_of_tensors'][:12]}"
     yield from ("", "Difference: second minus first, 95 % interval of a paired bootstrap over utterances.", "")
     yield "| set | measure | heard by | first | second | difference | 95 % | utterances | second is |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for c in changes:
         one, two = (cells(score, c.unit).split(" |")[0] for score in (c.first, c.second))
-        measure = c.measure.replace("|", "\\|")
         apart = f"{cells(c.difference, c.unit)} | {c.difference.n} | {c.verdict}"
-        yield f"| {c.material} | {measure} | {c.by} | {one} | {two} | {apart} |"
+        yield f"| {cell(c.material)} | {cell(c.measure)} | {c.by} | {one} | {two} | {apart} |"
     yield ""
 
 
@@ -108,9 +108,8 @@ def _items(material: str, measure: Measure, first: Sequence[Record], second: Seq
     gains = [item for item in changed[::-1] if item[0] > 0][:SHOWN]
     for title, items in (("worse", losses), ("better", gains)):
         if items:
-            yield from (f"## {material}: answered {title} by the second ({measure.name})", "")
+            yield from (f"## {cell(material)}: answered {title} by the second ({cell(measure.name)})", "")
             yield from ("| item | right | first | second |", "|---|---|---|---|")
             for _, a, b in items:
-                texts = (str(text).replace("|", "\\|") for text in (a["id"], a["reference"], a["answer"], b["answer"]))
-                yield f"| {' | '.join(texts)} |"
+                yield f"| {' | '.join(map(cell, (a['id'], a['reference'], a['answer'], b['answer'])))} |"
             yield ""

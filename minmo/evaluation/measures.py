@@ -55,7 +55,8 @@ class Measure:
         if self.q is not None or not both:
             return None
         one, other = (np.asarray([pair[i] for pair in both], np.float64) for i in (0, 1))
-        return difference(one, other, self.value, [owner for _, _, owner in both], seed)
+        found = difference(one, other, self.value, [owner for _, _, owner in both], seed)
+        return found if self.unit else in_doubt(found, (-1.0, 1.0))
 
 
 def heard(records: Sequence[Record]) -> Iterator[Measure]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from minmo.console import shown
 from minmo.evaluation.paper import asked, quoted
 from minmo.evaluation.results import Results, Row
 from minmo.evaluation.scores import Score
@@ -39,8 +41,8 @@ def markdown(results: Results) -> str:
     lines = [
         "# Scores",
         "",
-        f"{about['model']}: {about['weights']}. Seed {about['seed']}, limit {about['limit'] or 'none'}; judges of "
-        f"sound: {judges}. All intervals: 95 %, bootstrap over utterances. Shares unless a unit is given: times 100 "
+        f"{cell(about['model'])}: {cell(about['weights'])}. Seed {about['seed']}, limit {about['limit'] or 'none'}; "
+        f"judges of sound: {judges}. All intervals: 95 %, bootstrap over utterances. Shares unless a unit is given: times 100 "
         "they are the paper's percents.",
         "",
     ]
@@ -50,12 +52,17 @@ def markdown(results: Results) -> str:
     for task in dict.fromkeys(row.task for row in results.rows):
         lines += [*_measured(task, results), *_paper(task, results)]
     if results.left_out:
-        lines += ["## Left out", "", *(f"- {what}" for what in results.left_out), ""]
+        lines += ["## Left out", "", *(f"- {cell(what)}" for what in results.left_out), ""]
     source, rows = asked()
     lines += ["## The table that was asked for", "", f"Quoted: {source}.", ""]
     lines += ["| dataset | quoted | measured here |", "|---|---|---|"]
     lines += [f"| {name} | {figure:.2f} | - |" for name, figure in rows]
     return "\n".join([*lines, CANNOT.rstrip()]) + "\n"
+
+
+def cell(text: object) -> str:
+    """Text that may be anybody's as a cell of a table or a title: one line, of which nothing is markup."""
+    return re.sub(r"[\\`*\[\]<>|&]", r"\\\g<0>", shown(" ".join(str(text).split())))
 
 
 def cells(score: Score, unit: str = "") -> str:
@@ -75,7 +82,7 @@ def _taught(results: Results) -> str:
     never = [f"{name} ({evaluation.meaning})" for name, evaluation in EVALUATIONS.items() if name not in taught]
     scored = [task for task in tasks if task not in taught]
     warning = f" Of these, {', '.join(scored)} is scored here nonetheless and means nothing." if scored else ""
-    return f"Never taught to {results.about['model']}: {', '.join(never)}.{warning}"
+    return f"Never taught to {cell(results.about['model'])}: {', '.join(never)}.{warning}"
 
 
 def _measured(task: str, results: Results) -> Iterator[str]:
@@ -84,19 +91,18 @@ def _measured(task: str, results: Results) -> Iterator[str]:
     for row in results.rows:
         if row.task == task:
             s = row.score
-            measure = row.measure.replace("|", "\\|")
-            yield f"| {row.material} | {measure} | {row.by} | {cells(s, row.unit)} | {s.n} | {s.of} |"
+            yield f"| {cell(row.material)} | {cell(row.measure)} | {row.by} | {cells(s, row.unit)} | {s.n} | {s.of} |"
     yield ""
     for name, counts in results.confusions.items():
         if any(row.task == task and row.material == name for row in results.rows):
             answers = list(next(iter(counts.values())))
             yield from (
-                f"{name}, answered as:",
+                f"{cell(name)}, answered as:",
                 "",
-                f"| is | {' | '.join(answers)} |",
+                f"| is | {' | '.join(map(cell, answers))} |",
                 "|---" * (len(answers) + 1) + "|",
             )
-            yield from (f"| {true} | {' | '.join(map(str, found.values()))} |" for true, found in counts.items())
+            yield from (f"| {cell(true)} | {' | '.join(map(str, found.values()))} |" for true, found in counts.items())
             yield ""
 
 
@@ -125,15 +131,16 @@ def draw(results: Results, path: Path) -> None:
         spread = [[max(0.0, s.value - s.low)], [max(0.0, s.high - s.value)]]
         colour, mark = f"C{tasks.index(row.task) % 10}", "v" if row.less else "^"
         axes.errorbar(s.value, place, xerr=spread, color=colour, marker=mark, markersize=5, capsize=2)
-    axes.set_yticks(range(len(rows)), [_title(row) for row in rows], fontsize=6)
+    axes.set_yticks(range(len(rows)), [_title(row) for row in rows], fontsize=6, parse_math=False)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.grid(axis="x", alpha=0.3)
     untrained = "" if results.about["trained"] else ", UNTRAINED"
-    axes.set_title(f"{results.about['model']}{untrained}: measured, 95 % intervals (^ more is better, v less is)")
+    title = f"{results.about['model']}{untrained}: measured, 95 % intervals (^ more is better, v less is)"
+    axes.set_title(title, parse_math=False)
     figure.savefig(path, dpi=130)
 
 
 def _title(row: Row) -> str:
     by = "" if row.by == "the model" else f" [{row.by}]"
-    return f"{row.material}: {row.measure}{by}"
+    return shown(f"{row.material}: {row.measure}{by}")

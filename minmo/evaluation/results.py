@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import minmo
+from minmo.console import shown
 from minmo.evaluation.scores import Score
 from minmo.model import MinMo
 
@@ -60,13 +61,13 @@ def tables(results: Results) -> list[Table]:
     weights = about["weights"] if about["trained"] else f"UNTRAINED: {about['weights']}; the scores mean nothing"
     scores = Table(
         "task", "material", "measure", "heard by", "score", "95 %", "n", "of",
-        title=escape(f"{about['model']}: {weights}"),
+        title=_cell(f"{about['model']}: {weights}"),
     )  # fmt: skip
     for row in results.rows:
         s, unit = row.score, f" {row.unit}".rstrip()
         value, interval = ("-", "-") if s.value is None else (f"{s.value:.3f}{unit}", f"{s.low:.3f} .. {s.high:.3f}")
-        scores.add_row(row.task, row.material, row.measure, row.by, value, interval, str(s.n), str(s.of))
-    scores.caption = escape(
+        scores.add_row(*map(_cell, (row.task, row.material, row.measure, row.by, value, interval, s.n, s.of)))
+    scores.caption = _cell(
         "n: utterances; of: words or answers; 95 %: bootstrap over utterances; limit "
         f"{about['limit'] or 'none'}, seed {about['seed']}"
         + "".join(f"\nleft out: {what}" for what in results.left_out)
@@ -74,11 +75,15 @@ def tables(results: Results) -> list[Table]:
     found = [scores]
     for name, counts in results.confusions.items():
         answers = next(iter(counts.values()))
-        table = Table("spoken", *answers, title=f"languages, {name}: answered")
+        table = Table("is", *map(_cell, answers), title=_cell(f"{name}, answered as"))
         for true, answered in counts.items():
-            table.add_row(true, *map(str, answered.values()))
+            table.add_row(_cell(true), *map(str, answered.values()))
         found.append(table)
     return found
+
+
+def _cell(text: object) -> str:
+    return escape(shown(str(text)))
 
 
 def made_with(model: MinMo, judges: list[str], *, seed: int, data: Path | None = None) -> dict[str, Any]:

@@ -10,8 +10,8 @@ import numpy as np
 from minmo.evaluation.judges import needed
 
 RESAMPLES = 2000
-OTHER = "other"
-"""An answer that is none of the labels."""
+OTHER = "(none of them)"
+"""An answer that is none of the labels. No label itself: data sets have classes that are called "other"."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,13 @@ def ratio(
     return in_doubt(estimate(np.asarray([counted, of], np.float64).T.reshape(-1, 2), quotient, utterances, seed))
 
 
-def in_doubt(score: Score) -> Score:
-    """A share with an interval that is not empty (see `ratio`)."""
+def in_doubt(score: Score, within: tuple[float, float] = (0.0, 1.0)) -> Score:
+    """A share with an interval that is not empty (see `ratio`). within: what shares, or differences of shares, can be;
+    an error rate may lie beyond."""
     if score.value is None or score.low != score.high:
         return score
-    low, high = max(0.0, score.value - 3 / score.n), min(max(1.0, score.value), score.value + 3 / score.n)
+    least, most = min(within[0], score.value), max(within[1], score.value)
+    low, high = max(least, score.value - 3 / score.n), min(most, score.value + 3 / score.n)
     return Score(score.value, low, high, score.n, score.of)
 
 
@@ -169,7 +171,7 @@ def f1(marks: Sequence[tuple[int, int, int]], utterances: Sequence[Hashable] | N
 
 
 def confusion(truth: Sequence[str], answered: Sequence[str], labels: Sequence[str]) -> dict[str, dict[str, int]]:
-    """counts[true][answered] over `labels`; any other answer counts as "other"."""
+    """counts[true][answered] over `labels`; any other answer counts as OTHER."""
     counts = {label: dict.fromkeys([*labels, OTHER], 0) for label in labels}
     for true, answer in zip(truth, answered, strict=True):
         counts[true][answer if answer in labels else OTHER] += 1

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from minmo.config import is_whole
 from minmo.model import Origin
 from minmo.weights.stored import CheckpointError, json_file, sha256
 
@@ -50,9 +51,9 @@ def read(folder: Path) -> tuple[dict[str, Origin], list[Stamp]]:
         return {}, []
     content = json_file(path)
     try:
-        parts = {str(part): Origin(**_tuples(fields)) for part, fields in content["parts"].items()}
-        return parts, [Stamp(**stamp) for stamp in content["files"]]
-    except (KeyError, TypeError, AttributeError) as error:
+        parts = {_line(part): _origin(fields) for part, fields in content["parts"].items()}
+        return parts, [_stamp(stamp) for stamp in content["files"]]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise CheckpointError(f"{path} is no manifest ({error}): remove it, or fetch the folder again") from None
 
 
@@ -78,5 +79,34 @@ def made_by() -> str:
     return f"minmo {version('minmo')}"
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+def _origin(fields: dict[str, Any]) -> Origin:
+    """An origin whose fields can be shown as they are. Raises TypeError or ValueError for another."""
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    origin = Origin(**given)
+    for source in origin.sources:
+        _stamp(source)
+    if not (origin.seed is None or is_whole(origin.seed)):
+        raise ValueError(f"seed is {origin.seed!r:.60}")
+    for text in (origin.state, origin.importer, origin.made_by, origin.dtype, origin.start):
+        _line(text)
+    for texts in (origin.notes, origin.dropped, origin.zeroed):
+        if not isinstance(texts, tuple):
+            raise ValueError(f"{texts!r:.60} is no list")
+        for text in texts:
+            _line(text)
+    return origin
+
+
+def _stamp(fields: dict[str, Any]) -> Stamp:
+    """A stamp of a file of the folder itself. Raises TypeError or ValueError for another."""
+    stamp = Stamp(**fields)
+    if Path(_line(stamp.file)).name != stamp.file or not is_whole(stamp.bytes):
+        raise ValueError(f"{stamp.file!r:.60} with {stamp.bytes!r:.60} bytes is no file of a folder")
+    _line(stamp.sha256)
+    return stamp
+
+
+def _line(text: Any) -> str:
+    if not isinstance(text, str) or not text.isprintable():
+        raise ValueError(f"{text!r:.60} is no line of text")
+    return text

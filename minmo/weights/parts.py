@@ -49,12 +49,14 @@ def save_parts(parts: Sequence[Part], out: Path, dtype: torch.dtype | None = Non
 def open_parts(folder: Path) -> list[Part]:
     """The parts of a folder that `save_parts` wrote, not read yet. Raises CheckpointError for what is none."""
     configs = json_file(folder / FILE)
+    if strange := [name for name, config in configs.items() if not isinstance(config, dict)]:
+        raise CheckpointError(f"{folder / FILE}: {strange[0]!r} is no object: import it again")
     origins, _ = manifest.read(folder)
     if set(configs) != set(origins) or not set(configs) <= {*KINDS, "speaker"}:
         raise CheckpointError(f"{folder}: {FILE} and {manifest.FILE} do not name the same parts: import them again")
     _, weights = indexed(folder)
-    if strange := [name for name in weights if name.partition(".")[0] not in configs]:
-        raise CheckpointError(f"{folder} has the tensor {strange[0]!r}, of none of its parts: import them again")
+    if unknown := [name for name in weights if name.partition(".")[0] not in configs]:
+        raise CheckpointError(f"{folder} has the tensor {unknown[0]!r}, of none of its parts: import them again")
     texts = {n: (folder / n).read_text("utf-8") for n in (TOKENIZER, CHAT_TEMPLATE) if (folder / n).is_file()}
     parts = []
     for name, config in configs.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,8 @@ def pickled(path: Path) -> dict[str, Weight]:
     """
     if not path.is_file():
         raise CheckpointError(f"there is no {path}: put the file there")
+    if _compressed(path):
+        raise CheckpointError(f"{path} is compressed, as torch.save leaves no file: use the released one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
@@ -124,7 +127,23 @@ def pickled(path: Path) -> dict[str, Weight]:
             raise CheckpointError(
                 f"{path}: {name!r} is no tensor, but a {type(tensor).__name__}: use the released file"
             )
+        if tensor.is_nested or tensor.layout is not torch.strided or tensor.device.type != "cpu":
+            raise CheckpointError(f"{path}: {name!r} is sparse, nested or without data: use the released file")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # a view that repeats what is stored
+            raise CheckpointError(
+                f"{path}: {name!r} has the shape {tuple(tensor.shape)} and too few bytes for it: use the released file"
+            )
     return {name: Weight.of(tensor, str(path)) for name, tensor in content.items()}
+
+
+def _compressed(path: Path) -> bool:
+    """Whether a zip file unpacks to more than it is, which no file of torch.save does: a small one could fill all
+    memory. What is no whole zip file is torch's to refuse."""
+    try:
+        with zipfile.ZipFile(path) as packed:
+            return any(entry.compress_type != zipfile.ZIP_STORED for entry in packed.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
+        return False
 
 
 def json_file(path: Path) -> dict[str, Any]:

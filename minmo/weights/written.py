@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ SHARD = 4 << 30
 """Bytes of tensors in one file, at most, unless one tensor is larger."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 1 << 26
+_OURS = re.compile(r"model.*\.safetensors(\.index\.json)?|(config|parts|tokenizer|manifest)\.json")
+"""Files of a folder that `whole` makes."""
 
 
 def write(
@@ -61,10 +65,13 @@ def write(
 @contextmanager
 def whole(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes `out` when the block ends, and is gone when it raises. Raises
-    CheckpointError where `out` is there already."""
-    if out.exists():
+    CheckpointError where `out` is there already, and for a full disk. What a killed run left in it is removed; another
+    folder of that name is not."""
+    if os.path.lexists(out):
         raise CheckpointError(f"{out} is there already: name a new folder, so that nothing is overwritten")
     part = out.with_name(f"{out.name}.tmp")
+    if part.is_dir() and (strange := sorted(file.name for file in part.iterdir() if not _OURS.fullmatch(file.name))):
+        raise CheckpointError(f"{part} holds {strange[0]!r}, which is no weights: move it, or name another folder")
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
@@ -72,10 +79,14 @@ def whole(out: Path) -> Iterator[Path]:
         raise CheckpointError(f"{part} could not be made ({error.strerror}): name another folder") from None
     try:
         yield part
-    except BaseException:
+        part.rename(out)
+    except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"{out} could not be written ({error.strerror}): make room, or name another folder"
+            ) from None
         raise
-    part.rename(out)
 
 
 @contextmanager

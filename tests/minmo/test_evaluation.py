@@ -17,7 +17,8 @@ from minmo.data.duplex import Event
 from minmo.data.nano.sentences import language_of, results_right
 from minmo.evaluation import measures
 from minmo.evaluation.judges import JudgeError, Moonshine, PocketSphinx
-from minmo.evaluation.scores import confusion, difference, estimate, quotient, ratio, right_rate, word_errors
+from minmo.evaluation.compare import Change
+from minmo.evaluation.scores import OTHER, confusion, difference, estimate, quotient, ratio, right_rate, word_errors
 from minmo.evaluation.speech import Ears, measured, pitch, wanted
 from minmo.evaluation.turns import Turns, _count
 from minmo.evaluation.words import holds, label_in, normalised, same, spoken
@@ -110,7 +111,7 @@ def test_a_rate_counts_only_what_was_heard_right():
 
 def test_confusions_are_counted_by_the_truth():
     counts = confusion(["en", "en", "es", "es"], ["en", "es", "es", "hm"], ["en", "es"])
-    assert counts == {"en": {"en": 1, "es": 1, "other": 0}, "es": {"en": 0, "es": 1, "other": 1}}
+    assert counts == {"en": {"en": 1, "es": 1, OTHER: 0}, "es": {"en": 0, "es": 1, OTHER: 1}}
 
 
 @judged
@@ -190,6 +191,16 @@ def test_classes_are_counted_as_by_hand():
     assert scores["F1"] == pytest.approx((2 * 3 / (4 + 3) + 2 * 1 / (2 + 2)) / 2)
 
 
+def test_no_answer_at_all_is_not_a_class_called_other():
+    records = [record("other", "I cannot tell", n=1), record("other", "Other.", n=2), record("happy", "hm", n=3)]
+    scores = {name: score.value for (name, _), score in found(measures.classified, records).items()}
+    assert scores["accuracy (WA)"] == pytest.approx(1 / 3)
+    answers = [measures.answer_label(r, ["happy", "other"]) for r in records]
+    assert confusion(["other", "other", "happy"], answers, ["happy", "other"])["other"] == {
+        "happy": 0, "other": 1, OTHER: 1,
+    }  # fmt: skip
+
+
 def test_answers_are_right_when_they_hold_one():
     assert holds("I think it was 1969, really.", ["nineteen sixty nine"]) and not holds("fourteen", ["four"])
     assert same("Twenty-one.", "21") and not same("twenty one", "twenty two")
@@ -223,6 +234,17 @@ def test_differences_are_paired():
     assert apart.value == pytest.approx(better.mean() - hard.mean()) and apart.high < 0
     alone = [estimate(entries, quotient) for entries in (first, second)]
     assert apart.high - apart.low < 0.6 * max(score.high - score.low for score in alone)
+
+
+def test_a_difference_on_a_single_item_shows_nothing_and_unanimity_is_not_certainty():
+    measure = next(measures.answered([record("five", "five", answers=["five"])]))
+    right = [{**record("five", "five", answers=["five"]), "utterance": n} for n in range(30)]
+    wrong = [{**r, "answer": "six"} for r in right]
+    for n, verdict in ((1, "not told apart"), (30, "better")):
+        apart = measure.compared(wrong[:n], right[:n], 0)
+        scores = measure.score(wrong[:n], 0), measure.score(right[:n], 0)
+        assert apart.value == 1 and apart.low == max(-1, 1 - 3 / n) and apart.high == 1
+        assert Change("set", measure.name, measure.by, *scores, apart, measure.less).verdict == verdict
 
 
 def test_rate_pitch_and_level_are_measured_from_the_sound():

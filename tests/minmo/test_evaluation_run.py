@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from importlib import resources
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 import minmo
 from minmo import weights
@@ -30,6 +32,7 @@ from minmo.evaluation.listener import Listener  # noqa: E402
 from minmo.evaluation.material import SHIPPED, manifests_of, read_set  # noqa: E402
 from minmo.evaluation.paper import quoted, turn_taking  # noqa: E402
 from minmo.evaluation.records import append, keep_batches, kept, read  # noqa: E402
+from minmo.evaluation.results import tables  # noqa: E402
 from minmo.evaluation.tasks import EVALUATIONS  # noqa: E402
 
 ASSETS = resources.files("minmo") / "assets"
@@ -175,8 +178,47 @@ def test_a_batch_that_is_not_whole_is_made_again(tmp_path):
     with pytest.raises(ValueError, match="there is no .*none.jsonl"):
         read(tmp_path / "none.jsonl")
     path.write_text("no JSON\n")
-    with pytest.raises(ValueError, match="set.jsonl is damaged"):
+    with pytest.raises(ValueError, match="set.jsonl does not begin with what it was made with"):
         read(path)
+
+
+def test_records_survive_a_kill_within_a_character_and_nothing_else_is_overwritten(tmp_path):
+    path, about = tmp_path / "set.jsonl", {"seed": 0}
+    kept(path, about)
+    append(path, [{"id": "a", "answer": "où"}, {"id": "b", "answer": "où"}])
+    data = path.read_bytes()
+    path.write_bytes(data[: data.rindex("ù".encode()) + 1])
+    assert list(kept(path, about)) == ["a"] and path.read_text(encoding="utf-8").count("\n") == 2
+    for line, message in (("5", "no record"), ('{"answer": "x"}', "no record"), ("\xff", "is damaged")):
+        path.write_bytes(data + line.encode("latin-1") + b"\n")
+        with pytest.raises(ValueError, match=message):
+            kept(path, about)
+    manifest = tmp_path / "mine.jsonl"
+    for text in ('{"id": "a cut of mine"}', '{"id": "a cut of mine"}\n'):  # -o the manifest's own folder
+        manifest.write_text(text)
+        with pytest.raises(ValueError, match="mine.jsonl is no file of a run: name another folder"):
+            kept(manifest, about)
+        assert manifest.read_text() == text
+
+
+def test_texts_of_others_are_no_markup(tmp_path, monkeypatch, corpus):
+    evil = "[/red]|<img src=x> $\\bad$ \x1b[2J"
+    manifest = tmp_path / "[x]$\\y$.jsonl"
+    cuts = [line.cut for line in read_set(corpus / "test-ser.jsonl.gz", root=corpus).lines]
+    for cut, text in zip(cuts, (evil, "sad"), strict=True):
+        cut.custom["text"] = text
+    lhotse.CutSet.from_cuts(cuts).to_file(manifest)
+    for name, known in (("one", ()), ("other", [cuts[0].id])):
+        monkeypatch.setattr(Listener, "answers", knows_all_but(known))
+        results = run.evaluate_model("ser", "nano", [manifest], out=tmp_path / name)
+    console = Console(file=io.StringIO(), width=300)
+    for table in tables(results):
+        console.print(table)
+    page = compare(tmp_path / "one", tmp_path / "other")[1]
+    report = (tmp_path / "other" / "report.md").read_text()
+    assert "[/red]|<img src=x>" in console.file.getvalue() and "\x1b" not in console.file.getvalue()
+    for text in (page, report):
+        assert "\\|\\<img src=x\\>" in text and "<img" not in text.replace("\\<img", "") and "\x1b" not in text
 
 
 def lines_of(name, folder):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import zipfile
 
 import public_files as public
 import pytest
@@ -19,7 +20,8 @@ from minmo.weights import manifest
 from minmo.weights.importers import cosyvoice, cosyvoice_hift, cosyvoice_llm, qwen2
 from minmo.weights.importers.table import IMPORTERS
 from minmo.weights.parts import build, open_parts, save_parts
-from minmo.weights.stored import CheckpointError
+from minmo.weights.stored import CheckpointError, pickled
+from minmo.weights.written import whole
 
 
 def command(monkeypatch, capsys, *arguments):
@@ -135,6 +137,7 @@ BAD_QWEN = {
     "scaled rope": (
         lambda f: public.edit_json(f / "config.json", rope_scaling={"rope_type": "yarn"}), "rope_scaling is not null",
     ),
+    "rope in a list": (lambda f: public.edit_json(f / "config.json", rope_parameters=[1]), "rope_parameters is"),
     "lacking field": (lambda f: public.edit_json(f / "config.json", hidden_size=None), "lacks the field 'hidden_size'"),
     "hostile field": (
         lambda f: public.edit_json(f / "config.json", num_hidden_layers=10**9), "config.json: llm.layers must lie",
@@ -178,6 +181,64 @@ def test_an_overflow_names_its_tensor_and_leaves_nothing(good_qwen, tmp_path):
         save_parts(qwen2.open_folder(tmp_path / "hf"), tmp_path / "out")
 
 
+def test_no_folder_of_the_users_is_removed_or_replaced(good_qwen, tmp_path):
+    parts, out = qwen2.open_folder(good_qwen), tmp_path / "out"
+    (part := tmp_path / "out.tmp").mkdir()
+    (part / "thesis.tex").write_text("all of it")
+    with pytest.raises(CheckpointError, match="out.tmp holds 'thesis.tex', which is no weights"):
+        save_parts(parts, out)
+    (part / "thesis.tex").rename(part / "model-00001-of-00002.safetensors")  # as a killed run leaves it
+    out.symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="out is there already"):
+        save_parts(parts, out)
+    out.unlink()
+    save_parts(parts, out)
+    assert not part.exists() and {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_a_folder_that_appears_meanwhile_stays_and_nothing_is_left(tmp_path):
+    with pytest.raises(CheckpointError, match="out could not be written"), whole(tmp_path / "out"):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "theirs").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "theirs").exists()
+
+
+HOSTILE = {
+    "a path": (lambda m: m["files"][0].update(file="../../secret"), "'../../secret'"),
+    "an absolute path": (lambda m: m["files"][0].update(file="/etc/hostname"), "'/etc/hostname'"),
+    "a number": (lambda m: m["files"][0].update(file=5), "5 is no line"),
+    "escapes": (lambda m: m["parts"]["llm"].update(notes=["\x1b[2J all is well"]), "is no line of text"),
+    "no text": (lambda m: m["parts"]["llm"].update(dropped=[7]), "7 is no line"),
+    "no source": (lambda m: m["parts"]["llm"].update(sources=[5]), "must be a mapping"),
+}
+
+
+def test_a_hostile_manifest_is_one_sentence_and_no_markup(good_qwen, tmp_path, monkeypatch, capsys):
+    save_parts(qwen2.open_folder(good_qwen), tmp_path / "out")
+    path = tmp_path / "out" / "manifest.json"
+    good = path.read_text()
+    for change, sentence in HOSTILE.values():
+        change(content := json.loads(good))
+        path.write_text(json.dumps(content))
+        for read in (manifest.verify, open_parts):
+            with pytest.raises(CheckpointError, match=f"manifest.json is no manifest.*{sentence}"):
+                read(tmp_path / "out")
+    content = json.loads(good)
+    content["parts"]["llm"]["state"] = "[/red]"
+    path.write_text(json.dumps(content))
+    shown, code = command(monkeypatch, capsys, "info", tmp_path / "out")
+    assert code == 0 and "[/red]" in shown
+    path.write_text(good)
+    (tmp_path / "out" / "parts.json").write_text('{"llm": null}')
+    with pytest.raises(CheckpointError, match="parts.json: 'llm' is no object"):
+        open_parts(tmp_path / "out")
+
+
+def test_an_errors_text_commands_no_terminal(tmp_path, monkeypatch, capsys):
+    shown, code = command(monkeypatch, capsys, "import", "qwen2", tmp_path / "a\x1b[2Jb", "-o", tmp_path / "out")
+    assert code == 2 and "cannot be read" in shown and "\x1b" not in shown
+
+
 class Code:
     """What a pickle would run."""
 
@@ -199,6 +260,31 @@ BAD_COSYVOICE = {
     ),
     "an llm swap": ("llm.pt", lambda p: p.write_bytes((p.parent / "flow.pt").read_bytes()), "llm.pt lacks the tensor"),
 }
+
+
+def deflated(path):
+    """A small file that would fill memory."""
+    torch.save({"a": torch.zeros(4)}, path)
+    with zipfile.ZipFile(path) as source:
+        entries = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
+        for name, data in entries.items():
+            target.writestr(name, data + bytes(1 << 22) * name.endswith("data.pkl"))
+
+
+HOSTILE_TENSORS = {
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "without data": lambda: torch.empty(3, device="meta"),
+    "repeated": lambda: torch.zeros(1).expand(10**13),
+}
+
+
+@pytest.mark.parametrize("kind", [*HOSTILE_TENSORS, "compressed"])
+def test_files_that_claim_more_than_they_hold_are_not_read(tmp_path, kind):
+    path = tmp_path / "llm.pt"
+    deflated(path) if kind == "compressed" else torch.save({"a": HOSTILE_TENSORS[kind]()}, path)
+    with pytest.raises(CheckpointError, match="llm.pt.* (is sparse|without data|too few bytes|is compressed)"):
+        pickled(path)
 
 
 @pytest.mark.parametrize("kind", BAD_COSYVOICE)

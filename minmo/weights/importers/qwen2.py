@@ -62,6 +62,8 @@ def config_of(path: Path) -> BackboneConfig:
     if given.get("model_type") != "qwen2":
         raise CheckpointError(f"{path}: model_type is {given.get('model_type')!r:.60}, and this reads qwen2")
     rope = given.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_parameters is {rope!r:.60}, no object: use the config.json of the weights")
     scaling = given.get("rope_scaling") or {k: v for k, v in rope.items() if k == "rope_type" and v != "default"}
     for name, is_off, wanted in (
         ("hidden_act", given.get("hidden_act", "silu") == "silu", "silu"),
