@@ -42,8 +42,8 @@ def markdown(results: Results) -> str:
         "# Scores",
         "",
         f"{cell(about['model'])}: {cell(about['weights'])}. Seed {about['seed']}, limit {about['limit'] or 'none'}; "
-        f"judges of sound: {judges}. All intervals: 95 %, bootstrap over utterances. Shares unless a unit is given: times 100 "
-        "they are the paper's percents.",
+        f"judges of sound: {judges}. All intervals: 95 %, bootstrap over utterances. Shares unless a unit is given: "
+        "times 100 they are the paper's percents.",
         "",
     ]
     if not about["trained"]:

@@ -149,9 +149,20 @@ def _digest(lines: Sequence[Line]) -> str:
     """Of what is asked and what is right, so that a manifest that was changed is another run."""
     digest = hashlib.sha256()
     for line in lines:
-        digest.update(repr(
-            (line.id, line.utterance, line.language, line.instruction, line.said, line.text, line.answers, line.seconds)
-        ).encode())
+        digest.update(
+            repr(
+                (
+                    line.id,
+                    line.utterance,
+                    line.language,
+                    line.instruction,
+                    line.said,
+                    line.text,
+                    line.answers,
+                    line.seconds,
+                )
+            ).encode()
+        )
     return digest.hexdigest()[:16]
 
 

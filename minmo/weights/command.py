@@ -110,7 +110,9 @@ def show_origins(folder: Path) -> None:
         more = f" and {len(origin.sources) - 3} more" if len(origin.sources) > 3 else ""
         seed = "" if origin.seed is None else f"seed {origin.seed}"
         source = ": ".join(filter(None, [origin.importer or origin.made_by, files + more or seed]))
-        state = {"random": "[bold yellow]random[/]", "start": "[yellow]only a start[/]"}.get(origin.state, escape(origin.state))
+        state = {"random": "[bold yellow]random[/]", "start": "[yellow]only a start[/]"}.get(
+            origin.state, escape(origin.state)
+        )
         table.add_row(escape(part), state, escape(source))
     out.print(table)
     for part, origin in origins.items():

@@ -81,7 +81,7 @@ def made_by() -> str:
 
 def _origin(fields: dict[str, Any]) -> Origin:
     """An origin whose fields can be shown as they are. Raises TypeError or ValueError for another."""
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
     origin = Origin(**given)
     for source in origin.sources:
         _stamp(source)

@@ -16,8 +16,8 @@ from minmo.data import duplex
 from minmo.data.duplex import Event
 from minmo.data.nano.sentences import language_of, results_right
 from minmo.evaluation import measures
-from minmo.evaluation.judges import JudgeError, Moonshine, PocketSphinx
 from minmo.evaluation.compare import Change
+from minmo.evaluation.judges import JudgeError, Moonshine, PocketSphinx
 from minmo.evaluation.scores import OTHER, confusion, difference, estimate, quotient, ratio, right_rate, word_errors
 from minmo.evaluation.speech import Ears, measured, pitch, wanted
 from minmo.evaluation.turns import Turns, _count
