@@ -30,7 +30,12 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="A corpus folder, as `minmo data nano` writes it (default: what ships).")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Lines of each set, or conversations, for a quick run.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            help="Lines of each set, or conversations, for a quick run (default: all; 12 for all that ships)."
+        ),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--out", help="The folder to write; a run in it goes on.")
     ] = None,
@@ -50,7 +55,7 @@ def evaluate(
 
     for package in ("lhotse", "jiwer", "whisper_normalizer", "sacrebleu"):
         needed(package)
-    from minmo.evaluation.material import SHIPPED
+    from minmo.evaluation.material import QUICK, SHIPPED
     from minmo.evaluation.results import tables
 
     manifests, folders, corpus = list(manifest or ()), list(runs or ()), data or SHIPPED
@@ -75,6 +80,8 @@ def evaluate(
 
         if realtime or eagerness != "auto" or front != "none":
             raise ValueError("--realtime, --eagerness and --front are of `minmo evaluate duplex`: leave them out here")
+        if task == "all" and limit is None and not manifests and data is None:
+            limit = QUICK
         folder = Path("scores") if output is None else output
         found = evaluate_model(
             task, preset, manifests, out=folder, data=None if manifests else corpus, limit=limit, seed=seed,

@@ -22,6 +22,8 @@ from minmo.tokenizer.text import CHAT, TRANSLATE
 
 SHIPPED = Path(str(resources.files("minmo") / "assets" / "eval"))
 """The corpus that ships: a small one, in the domain of nano (`minmo/data/nano/shipped.py`)."""
+QUICK = 12
+"""Lines of each of its sets that all tasks together take by default: minutes on two cores."""
 MURMURS = "test-backchannels.jsonl.gz"
 """What dialogues are made with; no set of its own."""
 ENDINGS = (".jsonl.gz", ".jsonl")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from minmo.config import is_whole
+from minmo.console import shown
 from minmo.model import Origin
 from minmo.weights.stored import CheckpointError, json_file, sha256
 
@@ -41,7 +42,7 @@ def write(folder: Path, origins: Mapping[str, Origin], files: Mapping[str, Stamp
         "parts": {part: dataclasses.asdict(origin) for part, origin in origins.items()},
         "files": [dataclasses.asdict(stamp) for stamp in files.values()],
     }
-    (folder / FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / FILE).write_text(json.dumps(_clean(content), indent=1) + "\n", encoding="utf-8")
 
 
 def read(folder: Path) -> tuple[dict[str, Origin], list[Stamp]]:
@@ -104,6 +105,15 @@ def _stamp(fields: dict[str, Any]) -> Stamp:
         raise ValueError(f"{stamp.file!r:.60} with {stamp.bytes!r:.60} bytes is no file of a folder")
     _line(stamp.sha256)
     return stamp
+
+
+def _clean(content: Any) -> Any:
+    """With every text a line that `read` takes: names in public files may hold anything."""
+    if isinstance(content, dict):
+        return {_clean(key): _clean(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_clean(value) for value in content]
+    return shown(" ".join(content.split("\n"))) if isinstance(content, str) else content
 
 
 def _line(text: Any) -> str:

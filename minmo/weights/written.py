@@ -23,7 +23,7 @@ SHARD = 4 << 30
 """Bytes of tensors in one file, at most, unless one tensor is larger."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _PIECE = 1 << 26
-_OURS = re.compile(r"model.*\.safetensors(\.index\.json)?|(config|parts|tokenizer|manifest)\.json")
+_OURS = re.compile(r"model.*\.safetensors(\.index\.json)?|(config|parts|tokenizer|manifest)\.json|chat_template\.jinja")
 """Files of a folder that `whole` makes."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -232,6 +233,13 @@ def test_a_hostile_manifest_is_one_sentence_and_no_markup(good_qwen, tmp_path, m
     (tmp_path / "out" / "parts.json").write_text('{"llm": null}')
     with pytest.raises(CheckpointError, match="parts.json: 'llm' is no object"):
         open_parts(tmp_path / "out")
+
+
+def test_names_of_public_files_are_lines_in_a_manifest(good_qwen, tmp_path):
+    (part,) = qwen2.open_folder(good_qwen)
+    noted = dataclasses.replace(part, notes=("a name\x1b[2J\nof two lines",))
+    save_parts([noted], tmp_path / "out")
+    assert open_parts(tmp_path / "out")[0].notes == ("a name\ufffd[2J of two lines",)
 
 
 def test_an_errors_text_commands_no_terminal(tmp_path, monkeypatch, capsys):
