@@ -13,6 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+from minmo_kernels.operands import full_operand, int4_operand, int8_operands, load_pieces, order_inputs, powers
+
 
 @functools.cache
 def rope_table(theta: float, dim: int, device: torch.device) -> torch.Tensor:
@@ -108,26 +110,23 @@ def merge_parts(
     """Columns start ... of attention's unmerged parts x (rows, parts, DIM) fp32, merged by their log-sum-exp (rows,
     parts, heads) -> (M, BLOCK_K). PARTS: a power of two that is not below `parts`, so that all of them load at once.
 
-    Four columns share a head, so shares are computed for each four and not for each column.
+    Four columns share a head, so shares are computed for each four and not for each column. Being a sum over an axis,
+    it is computed once a program, and not by each thread that needs a column.
     """
     heads: tl.constexpr = DIM // HEAD_DIM
-    four = start // 4 + tl.arange(0, BLOCK_K // 4)[None, :]
-    read = active & (four < DIM // 4)
-    top = tl.full([m.shape[0], BLOCK_K // 4], float("-inf"), tl.float32)
-    for part in tl.static_range(PARTS):
-        at = (m * parts + part) * heads + four * 4 // HEAD_DIM
-        top = tl.maximum(top, tl.load(lse_ptr + at, mask=read & (part < parts), other=float("-inf")))
-    top = tl.where(top > float("-inf"), top, 0.0)
-    total = tl.zeros([m.shape[0], BLOCK_K // 4], tl.float32)
-    x = tl.zeros([m.shape[0], BLOCK_K // 4, 4], tl.float32)
-    for part in tl.static_range(PARTS):
-        at = (m * parts + part) * heads + four * 4 // HEAD_DIM
-        share = tl.exp(tl.load(lse_ptr + at, mask=read & (part < parts), other=float("-inf")) - top)
-        place = (m * parts + part).to(tl.int64)[:, :, None] * DIM + four[:, :, None] * 4 + tl.arange(0, 4)[None, None]
-        value = tl.load(x_ptr + place, mask=(read & (part < parts))[:, :, None], other=0.0)
-        x += tl.where((share > 0.0)[:, :, None], value * share[:, :, None], 0.0)  # what saw nothing holds anything
-        total += share
-    return tl.reshape(x / tl.where(total > 0.0, total, 1.0)[:, :, None], (m.shape[0], BLOCK_K))
+    part = tl.arange(0, PARTS)[None, :, None]
+    four = start // 4 + tl.arange(0, BLOCK_K // 4)[None, None, :]
+    read = active[:, :, None] & (part < parts) & (four < DIM // 4)
+    at = m[:, :, None] * parts + part
+    lse = tl.load(lse_ptr + at * heads + four * 4 // HEAD_DIM, mask=read, other=float("-inf"))
+    top = tl.max(lse, axis=1)[:, None, :]
+    share = tl.exp(lse - tl.where(top > float("-inf"), top, 0.0))
+    total = tl.sum(share, axis=1)[:, None, :]
+    share = share / tl.where(total > 0.0, total, 1.0)
+    place = at.to(tl.int64)[:, :, :, None] * DIM + four[:, :, :, None] * 4 + tl.arange(0, 4)[None, None, None]
+    seen = (read & (share > 0.0))[:, :, :, None]  # what saw nothing holds anything
+    value = tl.load(x_ptr + place, mask=seen, other=0.0)
+    return tl.reshape(tl.sum(value * share[:, :, :, None], axis=1), (m.shape[0], BLOCK_K))
 
 
 @triton.jit
@@ -190,14 +189,20 @@ def project(
 ):  # fmt: skip
     """Input rows times weight rows n (BLOCK_N,) of a row-major weight (DIM_OUT, DIM) -> (M, BLOCK_N) fp32.
 
-    M is ROWS, the bucket of the batch, for 1 and 2 rows: plain multiplications, which is all that a memory-bound
-    product needs. Their inputs are loaded before the weights: between two loads' layouts the compiler takes the later
-    one's for the product, and weights should stay in the registers that they came to. Above 2 rows the tensor cores
-    serve in the dtype DOT, and M is at least 16. Rows of the batch that are padding count as zeros. An int8 weight has
-    one fp32 scale a row in scale_ptr; int4 (GROUP > 0): see `load_int4`.
+    ROWS is the bucket of the batch. Up to 8 rows of a 16-bit dtype DOT: see `project_few`. Else, for 1 and 2 rows, M is
+    ROWS: plain multiplications, which is all that a memory-bound product of fp32 needs. Their inputs are loaded before
+    the weights: between two loads' layouts the compiler takes the later one's for the product, and weights should stay
+    in the registers that they came to. Above that M is at least 16. Rows of the batch that are padding count as zeros.
+    An int8 weight has one fp32 scale a row in scale_ptr; int4 (GROUP > 0): see `load_int4`.
     """
+    whole_words: tl.constexpr = scale_ptr is None or DIM % 4 == 0  # of int8
     columns = tl.arange(0, BLOCK_K)[None, :]
-    if ROWS <= 2:
+    if ROWS <= 8 and DOT != tl.float32 and (GROUP == 128 or GROUP == 0 and whole_words):
+        out = project_few(
+            x_ptr, lse_ptr, norm_ptr, weight_ptr, scale_ptr, zero_ptr, rows_ptr, n, batch, parts, eps,
+            DIM, DIM_OUT, SOURCE, HEAD_DIM, PARTS, GROUP, ROWS, DOT, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+    elif ROWS <= 2:
         first = tl.zeros([1, 1], tl.int32)
         active0 = tl.load(rows_ptr + first) >= 0
         active1 = tl.load(rows_ptr + first + 1, mask=first + 1 < batch, other=-1) >= 0
@@ -259,3 +264,51 @@ def project(
     if scale_ptr is not None and GROUP == 0:
         out = out * tl.load(scale_ptr + n, mask=n < DIM_OUT, other=0.0)[None, :]
     return out
+
+
+@triton.jit
+def project_few(
+    x_ptr, lse_ptr, norm_ptr, weight_ptr, scale_ptr, zero_ptr, rows_ptr, n, batch, parts, eps,
+    DIM: tl.constexpr, DIM_OUT: tl.constexpr, SOURCE: tl.constexpr, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, DOT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """`project` of 1, 2, 4 or 8 rows in a 16-bit dtype, without an int8 weight's scale -> (8, BLOCK_N) fp32, the rows
+    repeated; int4 in groups of 128.
+
+    Tensor cores with the weight as their first operand, which takes one instruction for 8 weights a thread, for any of
+    these numbers of rows; BLOCK_N is at least 16. Warps share out the inputs, not the outputs (SPLIT sums, added at
+    the end), so that a block may have as few as 16 outputs. Sums of an int4 weight are by groups: numbers that are too
+    large by an offset, less offset and zero point times the sum of the inputs, times the scale.
+    """
+    BITS: tl.constexpr = 4 if GROUP > 0 else (16 if scale_ptr is None else 8)
+    PIECES: tl.constexpr = BLOCK_K * BITS // 512
+    SPLIT: tl.constexpr = PIECES if BITS == 4 or PIECES < 8 else 8
+    m = tl.arange(0, ROWS)[:, None]
+    active = tl.load(rows_ptr + m, mask=m < batch, other=-1) >= 0
+    norm = 1.0
+    if SOURCE == "normed":
+        norm = inverse_rms(x_ptr, m, active, eps, DIM, BLOCK_K)
+    power = powers(batch, DOT)
+    offset: tl.constexpr = 128.0 if DOT == tl.bfloat16 else 1024.0
+    out = tl.zeros([SPLIT, BLOCK_N, 8], tl.float32)
+    for start in range(0, DIM, BLOCK_K):
+        weight = load_pieces(weight_ptr, n, start, DIM, DIM_OUT, BITS, BLOCK_K)
+        x = load_inputs(
+            x_ptr, lse_ptr, norm_ptr, norm, m, active, start, parts, DIM, SOURCE, HEAD_DIM, PARTS, BLOCK_K
+        )
+        x = order_inputs(x.to(DOT), BITS, SPLIT)
+        if BITS == 16:
+            out = tl.dot(full_operand(weight, SPLIT), x, out)
+        elif BITS == 8:
+            low, sign = int8_operands(weight, power, DOT, SPLIT)
+            out = tl.dot(sign, x, tl.dot(low, x, out))
+        else:
+            piece = start // GROUP + tl.arange(0, PIECES)[:, None]
+            at = n[None, :].to(tl.int64) * (DIM // GROUP) + piece
+            read = (n < DIM_OUT)[None, :] & (piece < DIM // GROUP)
+            scale = tl.load(scale_ptr + at, mask=read, other=0.0).to(tl.float32)[:, :, None]
+            zero = tl.load(zero_ptr + at, mask=read, other=0.0).to(tl.float32)[:, :, None]
+            product = tl.dot(int4_operand(weight, power, DOT), x)
+            total = tl.dot(tl.full([PIECES, BLOCK_N, GROUP], 1.0, DOT), x)
+            out += scale * (product - (offset + zero) * total)
+    return tl.trans(tl.sum(out, axis=0))

@@ -131,13 +131,15 @@ def test_kernels_import_triton_lazily() -> None:
     """The package imports where there is no Triton: only `kernel.py` files, which backends load when asked, and the
     tiles that these share need it."""
     for path in (ROOT / "minmo_kernels").rglob("*.py"):
-        if path.name in ("kernel.py", "tiles.py"):
+        if path.name in ("kernel.py", "tiles.py", "operands.py"):
             continue
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not [n for n in names if n.split(".")[0] == "triton"], f"{path.relative_to(ROOT)} imports triton"
-            assert "minmo_kernels.tiles" not in names, f"{path.relative_to(ROOT)} imports tiles.py, which needs triton"
+            for shared in ("tiles", "operands"):
+                where = path.relative_to(ROOT)
+                assert f"minmo_kernels.{shared}" not in names, f"{where} imports {shared}.py, which needs triton"
 
 
 def test_every_folder_with_code_is_a_package() -> None:

@@ -224,13 +224,14 @@ def triton_version() -> str:
 
 def expected_instructions(record: Launch, sm: int) -> dict[str, bool]:
     """Which matrix instructions a launch's binary holds: 16-bit products with an M tile of 64 and more on sm_90 are
-    warp-group ones (HGMMA), other 16-bit products HMMA, and fp32 and one- and two-row products none."""
+    warp-group ones (HGMMA), other 16-bit products HMMA; fp32 ones, and one and two rows of int4 in small groups, none."""
     constants = record.constants
     kinds = {a.dtype for a in record.arguments if isinstance(a, torch.Tensor) and a.is_floating_point()}
     narrow = bool(kinds & {torch.float16, torch.bfloat16})
     tile = constants.get("BLOCK_M") or constants.get("BLOCK_S") or constants.get("BLOCK_T") or 0
     if record.name in ("linear_residual", "gate_up_swiglu", "qkv"):
-        tile = 0 if constants["ROWS"] <= 2 else max(16, constants["ROWS"])
+        plain = constants["GROUP"] in (32, 64)  # of int4, which tensor cores multiply in groups of 128
+        tile = 0 if plain and constants["ROWS"] <= 2 else max(16, constants["ROWS"])
     if record.name in ("merge", "append", "rms_norm", "sample", "fsmn", "log_mel") or not narrow or not tile:
         return {"HMMA": False, "HGMMA": False}
     warp_group = sm >= 90 and tile >= 64

@@ -78,6 +78,14 @@ MUTANTS = [
         "place = tl.arange(0, 8)[None", "place = (tl.arange(0, 8) ^ 1)[None",
     ),
     Mutant(
+        "sign of half the numbers lost", "linear_residual", "operands.py",
+        "words & 0x00800080", "words & 0x00000080",
+    ),
+    Mutant(
+        "inputs not in the weight's order", "linear_residual", "operands.py",
+        "(2, 0, 1, 7, 5, 3, 6, 4)", "(2, 0, 1, 7, 6, 3, 5, 4)",
+    ),
+    Mutant(
         "scale of the wrong vector", "streaming_attention", "ops/streaming_attention/kernel.py",
         "tl.load(v_scale_ptr + vector, mask", "tl.load(v_scale_ptr + vector // KV_HEADS, mask",
     ),
@@ -121,7 +129,7 @@ MUTANTS = [
     ),
     Mutant(
         "part that saw nothing read", "merge_linear_residual", "tiles.py",
-        "tl.where((share > 0.0)[:, :, None], value * share[:, :, None], 0.0)", "value * share[:, :, None]",
+        "(read & (share > 0.0))[:, :, :, None]", "read[:, :, :, None]",
     ),
     Mutant(
         "next token does not see the last", "decoder_step", "ops/decoder_step/kernel.py",

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 import minmo_kernels as mk
 from minmo.config import load_config, presets
-from minmo_kernels import launch
+from minmo_kernels import launch, tuning
 from minmo_kernels.dispatch import OPS, BackendError
 from minmo_kernels.spec import load_all
 from minmo_kernels.testing import assert_as_good_as_reference, outputs
@@ -334,3 +334,19 @@ def test_what_a_kernel_does_not_serve_goes_to_the_next_backend():
     assert "no backward" in mk.explain(mk.rms_norm, x, weight, eps=1e-6).verdicts[0].reason
     mk.rms_norm(x, weight, eps=1e-6).sum().backward()
     assert weight.grad is not None
+
+
+@numbers
+@pytest.mark.parametrize("weights", ["full", "int8", "int4 g128"])
+def test_a_product_of_few_rows_in_blocks_as_wide_as_a_gpu_has_them(weights):
+    """Blocks of a table for GPUs deal their pieces out to several sums, more than once each."""
+    spec = SPECS["linear_residual"]
+    for batch in (1, 2, 3, 8):
+        case = {
+            "dtype": "float16", "weights": weights, "batch": batch, "dim_in": 1152, "dim_out": 24, "residual": True,
+            "seed": batch,
+        }  # fmt: skip
+        with tuning.trial("linear_residual", {"BLOCK_N": 16, "BLOCK_K": 1024}):
+            (found,) = run(spec, case, "triton")
+        (reference,) = run(spec, case, "reference")
+        assert_as_good_as_reference(found, reference, spec.oracle(**spec.make(case))[0])

@@ -108,15 +108,15 @@ def rows_bucket(batch: int) -> int:
 
 def decode_features(x: Tensor, weight: Tensor) -> dict[str, Any]:
     """What may decide the backend of a decode layer's projections: the bucket of the batch, and whether the words of an
-    int4 weight can be loaded."""
-    words = weight.dtype != torch.uint8 or weight.device.type == "meta" or weight.data_ptr() % 4 == 0
+    int8 or int4 weight can be loaded."""
+    words = weight.dtype not in (torch.int8, torch.uint8) or weight.device.type == "meta" or weight.data_ptr() % 4 == 0
     return {"rows": rows_bucket(len(x)), "aligned": words}
 
 
 def refuses_decode(request: Request) -> str | None:
     """Shared by the projections of a decode layer."""
     if not request.features["aligned"]:
-        return "an int4 weight starts at an address that is no multiple of 4 bytes; call .clone() on it"
+        return "an int8 or int4 weight starts at an address that is no multiple of 4 bytes; call .clone() on it"
     if request.features["rows"] > MOST_ROWS:
         return f"a decode step has up to {MOST_ROWS} rows; more are prefill, which the library serves"
     return None
