@@ -1,11 +1,10 @@
 """Weights of few rows' products as operands of the tensor cores, in the registers that they were loaded to.
 
-Tensor cores multiply 16 weight rows by up to 8 input rows at one instruction for 8 weights a thread, whatever the number
-of input rows. What they ask is which thread holds which weight: of a row's inputs, thread t of four holds numbers 2t,
-2t + 1 and 2t + 8, 2t + 9 of sixteen. A sum has no order, so here a thread keeps the 16 neighbouring bytes that it
-loads and the inputs are put in the order that this implies (`order_inputs`). Packed weights become 16-bit numbers by
-masks alone, two at a time: a number's bits below the exponent of a large power of two are that power plus the number,
-exactly, and products are exact in fp32.
+Tensor cores multiply 16 weight rows by up to 8 input rows, one instruction for 8 weights a thread, however many input
+rows. What they ask is which thread holds which weight: of a row's sixteen inputs, thread t of four holds numbers
+2t, 2t + 1, 2t + 8 and 2t + 9. A sum has no order, so here a thread keeps the 16 neighbouring bytes that it loads, and
+the inputs are put in the order that this implies (`order_inputs`). Packed weights become 16-bit numbers by masks alone,
+two at a time: a number in the lowest bits of a large power of two's pattern is that power plus the number, exactly.
 
 A piece is what four threads load of a row, 64 bytes: 32, 64 or 128 inputs.
 """
@@ -101,6 +100,6 @@ def order_inputs(x, BITS: tl.constexpr, SPLIT: tl.constexpr):
 
 @triton.jit
 def _halves(words, DOT: tl.constexpr):
-    """The two halves of 32-bit words as numbers of DOT, along a new last axis: the words themselves, to the compiler."""
+    """The two halves of 32-bit words as numbers of DOT, along a new last axis; to the compiler the words themselves."""
     low = (words & 0xFFFF).to(tl.uint16).to(DOT, bitcast=True)
     return tl.join(low, (words >> 16).to(tl.uint16).to(DOT, bitcast=True))

@@ -293,9 +293,7 @@ def project_few(
     out = tl.zeros([SPLIT, BLOCK_N, 8], tl.float32)
     for start in range(0, DIM, BLOCK_K):
         weight = load_pieces(weight_ptr, n, start, DIM, DIM_OUT, BITS, BLOCK_K)
-        x = load_inputs(
-            x_ptr, lse_ptr, norm_ptr, norm, m, active, start, parts, DIM, SOURCE, HEAD_DIM, PARTS, BLOCK_K
-        )
+        x = load_inputs(x_ptr, lse_ptr, norm_ptr, norm, m, active, start, parts, DIM, SOURCE, HEAD_DIM, PARTS, BLOCK_K)
         x = order_inputs(x.to(DOT), BITS, SPLIT)
         if BITS == 16:
             out = tl.dot(full_operand(weight, SPLIT), x, out)

@@ -70,16 +70,17 @@ class Bounds:
         return min(self.issue, self.slow)
 
 
-def bounds(binary: Binary, stages: int, streamed: int = 0) -> Bounds:
+def bounds(binary: Binary, stages: int, streamed: int = 0, turns: int = 1) -> Bounds:
     """stages: the launch's num_stages; loads through shared memory run so many turns less one ahead. streamed: bytes of
     its weight or cache that a warp takes in a turn, where that is known: the rest of what it loads (activations,
     scales) comes from a cache and is no progress. Unrolled loops are then bounded from below; of loops within the
-    busiest one a single turn counts. A binary without a loop is taken as a whole."""
-    loops = binary.loops()
-    busiest = (
-        max(loops, key=lambda loop: _progress(loop.own)) if loops else Loop(tuple(t for _, t in binary.listing), ())
-    )
-    return _of_loop(binary, busiest, stages, streamed if loops else 0)
+    busiest one a single turn counts. A binary without a loop, which was unrolled for all its `turns`, is taken as a
+    whole."""
+    if loops := binary.loops():
+        return _of_loop(binary, max(loops, key=lambda loop: _progress(loop.own)), stages, streamed)
+    whole = Loop(tuple(text for _, text in binary.listing), ())
+    bound = _of_loop(binary, whole, stages, streamed * turns)
+    return replace(bound, loaded=bound.loaded // turns)
 
 
 def slowest(binary: Binary, stages: int, streamed: int) -> Bounds:

@@ -93,7 +93,8 @@ def limits(record: Launch, binary: Binary) -> Bounds:
     several such loops, those of the slowest."""
     if record.name == "decoder_step":
         return slowest(binary, record.options.get("num_stages", 3), _tile_bytes(record) // max(1, binary.warps))
-    return bounds(binary, record.options.get("num_stages", 3), _tile_bytes(record) // max(1, binary.warps))
+    turns = -(-int(record.constants["DIM"]) // int(record.constants["BLOCK_K"])) if "ROWS" in record.constants else 1
+    return bounds(binary, record.options.get("num_stages", 3), _tile_bytes(record) // max(1, binary.warps), turns)
 
 
 def _tile_bytes(record: Launch) -> int:
@@ -224,7 +225,7 @@ def triton_version() -> str:
 
 def expected_instructions(record: Launch, sm: int) -> dict[str, bool]:
     """Which matrix instructions a launch's binary holds: 16-bit products with an M tile of 64 and more on sm_90 are
-    warp-group ones (HGMMA), other 16-bit products HMMA; fp32 ones, and one and two rows of int4 in small groups, none."""
+    warp-group ones (HGMMA), others HMMA; of fp32, and of one or two rows of int4 in small groups, there are none."""
     constants = record.constants
     kinds = {a.dtype for a in record.arguments if isinstance(a, torch.Tensor) and a.is_floating_point()}
     narrow = bool(kinds & {torch.float16, torch.bfloat16})

@@ -24,7 +24,9 @@ def run(
     batch, wide = x.shape[0], weight.shape[0]
     out = x.new_empty(batch, wide // 2)
     bucket = tuning.rows_of(batch)
-    tile = tuning.config("gate_up_swiglu", target(x), rows=bucket, bits=weight_bits(weight), group=group_size(weight, weight_zero))
+    tile = tuning.config(
+        "gate_up_swiglu", target(x), rows=bucket, bits=weight_bits(weight), group=group_size(weight, weight_zero)
+    )
     launch(
         _gate_up_swiglu, (triton.cdiv(wide, tile["BLOCK_N"]), 1, min(batch, 1)),
         x, norm_weight, weight, weight_scale, weight_zero, rows, out, batch, eps,

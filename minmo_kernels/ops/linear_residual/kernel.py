@@ -40,7 +40,14 @@ def run_projection(
     """out = residual + input @ weight.T, the input being x, or with `lse` attention's parts x merged by it."""
     batch, dim_out = out.shape
     bucket = tuning.rows_of(batch)
-    tile = tuning.config("linear_residual", target(x), rows=bucket, bits=weight_bits(weight), group=group_size(weight, weight_zero), merged=lse is not None)
+    tile = tuning.config(
+        "linear_residual",
+        target(x),
+        rows=bucket,
+        bits=weight_bits(weight),
+        group=group_size(weight, weight_zero),
+        merged=lse is not None,
+    )
     launch(
         _linear_residual, (triton.cdiv(dim_out, tile["BLOCK_N"]), 1, min(batch, 1)),
         x, lse, weight, weight_scale, weight_zero, residual, rows, out, batch, parts,

@@ -33,7 +33,13 @@ def run(
     batch, (capacity, dim) = x.shape[0], (k_cache.shape[1], k_cache.shape[3])
     q = x.new_empty(batch, heads, dim)
     bucket = tuning.rows_of(batch)
-    tile = tuning.config("rms_norm_qkv_rope_append", target(x), rows=bucket, bits=weight_bits(qkv_weight), group=group_size(qkv_weight, weight_zero))
+    tile = tuning.config(
+        "rms_norm_qkv_rope_append",
+        target(x),
+        rows=bucket,
+        bits=weight_bits(qkv_weight),
+        group=group_size(qkv_weight, weight_zero),
+    )
     tile = {**tile, "BLOCK_N": min(tile["BLOCK_N"], dim)}  # a program stays within one head
     launch(
         _qkv, (triton.cdiv(dim, tile["BLOCK_N"]), heads + 2 * kv_heads, min(batch, 1)),
