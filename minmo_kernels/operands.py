@@ -27,7 +27,7 @@ def load_pieces(
     items: tl.constexpr = 64 // (2 if BITS == 16 else 4)
     row = tl.reshape(n, (n.shape[0] // 8, 1, 8, 1))
     at = start // per_item + tl.arange(0, pieces)[None, :, None, None] * items + tl.arange(0, items)[None, None, None]
-    inside = (row < DIM_OUT) & ((at * per_item < DIM) | (DIM % BLOCK_K == 0))
+    inside = (row < DIM_OUT) & ((at < DIM // per_item) | (DIM % BLOCK_K == 0))
     if BITS < 16:
         weight_ptr = weight_ptr.to(tl.pointer_type(tl.uint32), bitcast=True)
     return tl.load(weight_ptr + row.to(tl.int64) * (DIM // per_item) + at, mask=inside, other=0)

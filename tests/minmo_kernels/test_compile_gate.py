@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,17 @@ def test_kernels_compile_within_their_budgets(sm, name):
         for fault in gate.faults(record, binary, sm, budget, known=known, reasons=reasons):
             faults.append(f"{record.key}: {fault}")
     assert not faults, "\n".join(faults)
+
+
+def test_what_was_lifted_stays_lifted():
+    """Rates that instructions allow, before and after a change (`benchmarks/RESULTS.md`), against today's budgets."""
+    budgets = gate.read_budgets(BUDGETS)
+    for words, chips in json.loads(BUDGETS.read_text())["lifted"].items():
+        for sm, lifted in chips.items():
+            rates = [b["rate"] for key, b in budgets.items() if {sm, *words.split()} <= set(key.split())]
+            before, after = lifted["rate"]
+            assert rates, f"no kernel has the words {sm} {words}"
+            assert min(rates) >= gate.RATE_SLACK * after > before, f"{sm} {words}: {rates}, once {after}"
 
 
 def test_whatever_decides_a_binary_changes_its_proof():
