@@ -73,7 +73,7 @@ def test_the_command_and_its_manifest(tmp_path, monkeypatch, capsys):
     shown, code = command(monkeypatch, capsys, "talk", "x.wav", "--preset", tmp_path / "out")
     assert code == 2
     shown, code = command(monkeypatch, capsys, "info", tmp_path / "out", "--rows", "2")
-    assert "parts of a MinMo" in shown
+    assert "parts of a MinMo" in " ".join(shown.split())
 
 
 @pytest.mark.parametrize("norms", [cosyvoice_hift.PARAMETRIZED, cosyvoice_hift.WEIGHT_NORM])

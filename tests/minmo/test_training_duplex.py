@@ -73,6 +73,7 @@ def no_drawn_delay(request, monkeypatch):
 @pytest.fixture(scope="module")
 def model():
     model = minmo.load("nano", device="cpu").float()
+    model.config = dataclasses.replace(model.config, remembered=100)
     model.requires_grad_(False)
     model.duplex.requires_grad_(True)
     return model
