@@ -50,8 +50,9 @@ class Speaker extends AudioWorkletProcessor {
     const level = this.count ? Math.sqrt(this.square / this.count) : 0;
     this.port.postMessage({ why, played: [...this.played], level, waiting: this.queue.length });
     this.square = this.count = this.told = 0;
-    const last = this.queue[0]?.id;
-    for (const id of this.played.keys()) if (id !== last) this.played.delete(id);
+    // The newest goes on being counted, also where nothing of it waits: its next sound may be late.
+    const newest = [...this.played.keys()].pop();
+    for (const id of this.played.keys()) if (id !== newest) this.played.delete(id);
   }
 
   process(_, [[output]]) {
