@@ -2,8 +2,8 @@
 
 Both begin with the same prefix. The listening branch goes on from an empty assistant turn with the user's sound, the
 reply branch with the reply's text. A reply that is over is cut back to what was heard of it, reads the user's sound
-since it began, and becomes the listening branch. What is read again are kept projector outputs: the encoder never runs
-twice.
+since it began, and becomes the listening branch. What is read again are kept projector outputs: the encoder runs again
+for the beginning of a turn alone (`Conversation._begin_turn`).
 """
 
 from __future__ import annotations

@@ -336,7 +336,7 @@ class Conversation:
         """position, hidden (1, dim): the tick's, which the listening row has read; bands (n_mels,): its log-mel."""
         answer, stop = decision
         self._samples += TICK
-        self._sounds.append(samples)
+        self._sounds.append(samples.copy())  # the caller's array may be used again
         self._branches.hear(position, hidden)
         if answer != answer or stop != stop:
             return self._fail(steps.PREDICTOR_FAULT)

@@ -70,8 +70,8 @@ def cells(score: Score, unit: str = "") -> str:
     if score.value is None or score.low is None or score.high is None:
         return "- | -"
     digits = 1 if unit in ("ms", "BLEU") else 3
-    shown = f"{score.value:.{digits}f} {unit}".rstrip()
-    return f"{shown} | {score.low:.{digits}f} .. {score.high:.{digits}f}"
+    value = f"{score.value:.{digits}f} {unit}".rstrip()
+    return f"{value} | {score.low:.{digits}f} .. {score.high:.{digits}f}"
 
 
 def _taught(results: Results) -> str:

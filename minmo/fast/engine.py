@@ -89,6 +89,8 @@ class FastMinMo(MinMo):
             rows=rows, max_positions=max_positions, max_voice_positions=max_voice_positions, prefill=prefill,
             weights=weights, graphs=graphs, one_launch=one_launch, keep_model=keep_model,
         )  # fmt: skip
+        if one_launch == "on" and model.device.type != "cuda":
+            raise ValueError('one_launch "on" needs a GPU: on a CPU leave it at "auto"')
         _check_room(model, weights, rows, max_positions, max_voice_positions)
         self.weights, self.capacity, self.prefill = weights, rows, min(prefill, max_positions)
         self.max_positions, self.max_voice_positions = max_positions, max_voice_positions
@@ -107,13 +109,9 @@ class FastMinMo(MinMo):
         if graphs == "auto" and self.device.type == "cuda":
             self._replay_with(CudaCapture)
         self._verdicts: list[Verdict] = []
-        if one_launch == "on" and self.device.type != "cuda":
-            raise ValueError('one_launch "on" needs a GPU: on a CPU leave it at "auto"')
         if self.device.type == "cuda":
             steps = decoder_steps(self, self._state)
-            self._verdicts, single = install(
-                steps, one_launch, torch.cuda.get_device_name(self.device), weights
-            )  # fmt: skip
+            self._verdicts, single = install(steps, one_launch, torch.cuda.get_device_name(self.device), weights)
             self._graphed += single
 
     @classmethod

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from random_s3tokenizer import BLOCKS, DIM, HEADS, random_tokenizer
 
 from minmo.modules.encoder import View
 from minmo.weights import CheckpointError, manifest
@@ -22,8 +23,6 @@ from minmo.weights.parts import build, open_parts, save_parts
 
 onnx = pytest.importorskip("onnx")
 transformers = pytest.importorskip("transformers")
-
-DIM, HEADS, BLOCKS = 128, 2, 6
 
 
 @pytest.fixture(scope="module")
@@ -37,16 +36,7 @@ def s3():
 def exported(s3, path):
     """A random tokenizer of s3tokenizer's class, exported by PyTorch with the names of the released file -> mel frames
     of real speech (128, 300), and the ids that the file gives for them."""
-    model = sys.modules["s3tokenizer.model_v2"]
-    sizes = model.ModelConfig(n_audio_state=DIM, n_audio_head=HEADS, n_audio_layer=BLOCKS)
-    tokenizer = model.S3TokenizerV2("speech_tokenizer_v2_25hz", sizes).eval().requires_grad_(False)
-    g = torch.Generator().manual_seed(0)
-    for parameter in tokenizer.parameters():
-        noise = torch.randn(parameter.shape, generator=g)
-        if parameter.dim() == 1:
-            parameter += 0.2 * noise
-        else:
-            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    tokenizer = random_tokenizer()
     sound = sorted((Path(s3.__file__).parent / "assets").glob("*.wav"))[0]
     mel = s3.log_mel_spectrogram(torch.from_numpy(soundfile.read(sound, dtype="float32")[0]))[:, :300]
     project = tokenizer.quantizer._codebook.project_down

@@ -85,6 +85,20 @@ def test_a_turn_after_a_reply_is_heard_like_a_first_one(model, decide):
     torch.testing.assert_close(turn(conversation), heard_alone(model, ticks[-kept:]), rtol=1e-4, atol=1e-4)
 
 
+def test_a_turn_is_heard_again_as_it_was_though_the_callers_array_is_used_again(model, decide):
+    ticks, used = sound((5, QUIET), (6, LOUD), (60, QUIET), (7, LOUD)), np.zeros(TICK, np.float32)
+    kept = []
+    for again in (True, False):
+        decide(take=[12])
+        conversation = Conversation(model, GREEDY, AT_ONCE, max_positions=600)
+        for samples in ticks:
+            used[:] = samples
+            run(conversation, [used if again else samples])
+        kept.append(turn(conversation))
+        conversation.close()
+    assert torch.equal(*kept)
+
+
 def test_a_turn_that_cuts_a_reply_keeps_its_first_words(model, decide):
     """While the reply runs nothing of the user's sound is dropped; afterwards the turn begins with its voice."""
     decide(take=[12], stop=[20])

@@ -221,7 +221,7 @@ def test_a_results_file_decides(tmp_path):
 def test_where_it_cannot_run_it_raises():
     model = minmo.load("nano", device="cpu")
     with pytest.raises(ValueError, match='one_launch "on" needs a GPU'):
-        minmo.FastMinMo(model, one_launch="on", keep_model=True)
+        minmo.FastMinMo(model, one_launch="on")  # and takes nothing from the model
     with pytest.raises(ValueError, match="one_launch must be one of auto, on, off"):
         minmo.FastMinMo(model, one_launch="yes")
     engine = minmo.FastMinMo(model, rows=1, max_positions=50, max_voice_positions=50, keep_model=True)

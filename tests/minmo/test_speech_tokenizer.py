@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import soundfile
 import torch
+from random_s3tokenizer import BLOCKS, DIM, HEADS, random_tokenizer
 
 from minmo.config import EncoderConfig, SpeechTokenizerConfig, load_config
 from minmo.tokenizer.speech import SpeechTokenizer
 from minmo.weights.importers.s3tokenizer import convert, key_table
-
-DIM, HEADS, BLOCKS = 128, 2, 6
 
 
 def ints(values):
@@ -50,16 +49,7 @@ def s3():
 @pytest.fixture(scope="module")
 def theirs(s3, speech):
     """Their class at a reduced width, every parameter random (norms and biases too), all levels in use."""
-    model = sys.modules["s3tokenizer.model_v2"]
-    sizes = model.ModelConfig(n_audio_state=DIM, n_audio_head=HEADS, n_audio_layer=BLOCKS)
-    tokenizer = model.S3TokenizerV2("speech_tokenizer_v2_25hz", sizes).eval().requires_grad_(False)
-    g = torch.Generator().manual_seed(0)
-    for parameter in tokenizer.parameters():
-        noise = torch.randn(parameter.shape, generator=g)
-        if parameter.dim() == 1:
-            parameter += 0.2 * noise
-        else:
-            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+    tokenizer = random_tokenizer()
     project = tokenizer.quantizer._codebook.project_down
     features = project(tokenizer.encoder(*s3.padding(speech[:1]))[0][0])
     project.weight /= features.std(dim=0)[:, None]

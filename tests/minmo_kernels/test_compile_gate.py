@@ -51,7 +51,7 @@ def test_kernels_compile_within_their_budgets(sm, name):
 
 
 def test_what_was_lifted_stays_lifted():
-    """Rates that instructions allow, before and after a change (`benchmarks/RESULTS.md`), against today's budgets."""
+    """Rates that instructions allow, before and after a change (`benchmarks/STATIC.md`), against today's budgets."""
     budgets = gate.read_budgets(BUDGETS)
     for words, chips in json.loads(BUDGETS.read_text())["lifted"].items():
         for sm, lifted in chips.items():
