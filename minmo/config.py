@@ -172,6 +172,11 @@ class FlowConfig:
     left_context: int = 60
     """Mel frames before the current chunk that stay visible, a multiple of 2 * chunk; -1 = all (offline only)."""
 
+    @property
+    def first_frames(self) -> int:
+        """Mel frames of a reply's first chunk, the shortest but for its last."""
+        return 2 * (self.chunk - self.lookahead)
+
 
 @dataclass(frozen=True)
 class VocoderConfig:

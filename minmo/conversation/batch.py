@@ -19,7 +19,7 @@ from minmo.conversation import steps
 from minmo.conversation import timings as T
 from minmo.conversation.branches import read_pieces
 from minmo.conversation.events import Event
-from minmo.state import full_lengths
+from minmo.state import full_lengths, read_rows
 from minmo.tokenizer.frontend import FRAMES
 
 if TYPE_CHECKING:
@@ -96,14 +96,14 @@ def write(conversations: Sequence[Conversation]) -> list[Outcome]:
 
 @torch.inference_mode()
 def speak(conversations: Sequence[Conversation]) -> list[Outcome]:
-    """Speaks the next block of several conversations whose next step is "speak", up to its mel frames."""
+    """Speaks the next block of several conversations whose next step is "speak": its speech tokens."""
     first = conversations[0]
     model, device = first.model, first.model.device
     answers = [c._answer for c in conversations if c._answer is not None]
     nothing = torch.zeros(1, model.config.voice_decoder.semantic_block, model.config.llm.dim, device=device)
     silent = (nothing.to(answers[0].last.dtype),) * 2
     blocks = [(*silent, 0) if answer.block is None else answer.block for answer in answers]
-    mel, frames, finished, faults = steps.speak(
+    tokens, spoken, finished, faults = steps.speak(
         model,
         first._state.speaking,
         _rows(conversations),
@@ -112,21 +112,44 @@ def speak(conversations: Sequence[Conversation]) -> list[Outcome]:
         torch.tensor([answer.written for answer in answers], device=device),
         answers[0].clock,
     )
-    counts, ended = frames.tolist(), finished.tolist()
+    ended = finished.tolist()
+    own = [tokens[n, :count].clone() for n, count in enumerate(spoken.tolist())]
     return _each(
         conversations,
-        lambda n, c: c._fail(faults[n]) if n in faults else c._spoke(answers[n], mel[n, : counts[n]].clone(), ended[n]),
+        lambda n, c: c._fail(faults[n]) if n in faults else c._spoke(answers[n], own[n], ended[n]),
     )
 
 
 @torch.inference_mode()
+def flow(conversations: Sequence[Conversation]) -> list[Outcome]:
+    """Gives the next mel frames of what several conversations have spoken, whose next step is "flow"."""
+    first = conversations[0]
+    model, state, rows = first.model, first._state.speaking, _rows(conversations)
+    answers = [c._answer for c in conversations if c._answer is not None]
+    tokens = [answer.tokens for answer in answers if answer.tokens is not None]
+    mel, frames = steps.flow(
+        model,
+        state,
+        rows,
+        pad_sequence(tokens, batch_first=True),
+        torch.tensor([len(t) for t in tokens], dtype=torch.int32, device=model.device),
+        torch.tensor([answer.spoken for answer in answers], device=model.device),
+        answers[0].clock,
+        whole=False,
+    )
+    counts, waiting = frames.tolist(), read_rows(state.flow.waiting, rows).tolist()
+    return _each(conversations, lambda n, c: c._flowed(answers[n], mel[n, : counts[n]].clone(), not waiting[n]))
+
+
+@torch.inference_mode()
 def sound(conversations: Sequence[Conversation]) -> list[Outcome]:
-    """Gives the sound of what several conversations have spoken, whose next step is "sound"."""
+    """Gives a piece of sound of several conversations' mel frames, whose next step is "sound", or, where it is
+    "end", what the vocoder has held back."""
     first = conversations[0]
     device = first.model.device
     answers = [c._answer for c in conversations if c._answer is not None]
-    mels = [answer.mel for answer in answers if answer.mel is not None]
-    ended = [answer.spoken for answer in answers]
+    mels = [answer.piece for answer in answers]
+    ended = [answer.ends for answer in answers]
     sounds, faults = steps.sound(
         first.model,
         first._state.speaking,
@@ -146,7 +169,9 @@ STEPS: dict[str, Callable[[Sequence[Conversation]], list[Outcome]]] = {
     "read": read,
     "write": write,
     "speak": speak,
+    "flow": flow,
     "sound": sound,
+    "end": sound,
 }
 """By what `Conversation.next_step` says."""
 

@@ -17,28 +17,35 @@ PARTS = {
     "tick": ("encoder", "listen"),
     "read": ("prefill",),
     "write": ("text token",),
-    "speak": ("speech block", "flow"),
-    "sound": ("vocoder",),
+    "speak": ("speech block",),
+    "flow": ("flow",),
+    "sound": ("first sound",),
+    "end": ("end of sound",),
 }
-"""The parts of `FastMinMo.rehearse` that make a step; of text tokens a block has several."""
+"""The parts of `FastMinMo.rehearse` that make a step; of text tokens a block has several, and "sound" is the longest
+piece of one."""
 
 
 @dataclass(frozen=True)
 class Budget:
     """What steps cost, in milliseconds by batch size, and what sessions do.
 
-    tick: 80 ms of sound are heard; read: `prefill` positions of context; write: a block of text; speak: a block of
-    speech, of `block_ms`, up to its mel frames; sound: their sound. prefill: positions of a read; block_tokens: text
-    tokens of a block. speaking: share of the time that a session's assistant speaks. usable: share of the time that may
-    be planned for; the rest is for what steps do beside computing, and for chance.
+    tick: 80 ms of sound are heard; read: `prefill` positions of context; write: a block of text; speak: the tokens of a
+    block of speech, of `block_ms`; flow: their mel frames; sound: one of the `pieces` of their sound; end: what the
+    vocoder holds back. prefill: positions of a read; block_tokens: text tokens of a block. speaking: share of the time
+    that a session's assistant speaks. usable: share of the time that may be planned for; the rest is for what steps do
+    beside computing, and for chance.
     """
 
     tick: Mapping[int, float]
     read: Mapping[int, float]
     write: Mapping[int, float]
     speak: Mapping[int, float]
+    flow: Mapping[int, float]
     sound: Mapping[int, float]
+    end: Mapping[int, float]
     block_ms: float = 600.0
+    pieces: int = 2
     block_tokens: int = 5
     prefill: int = 64
     speaking: float = 0.5
@@ -60,12 +67,10 @@ class Budget:
                 break
             size = min(2 * size, most)
         return cls(
-            found["tick"],
-            found["read"],
-            found["write"],
-            found["speak"],
-            found["sound"],
+            *(found["tick"], found["read"], found["write"]),
+            *(found["speak"], found["flow"], found["sound"], found["end"]),
             block_ms=c.speech_block * SPEECH_TOKEN_MS,
+            pieces=math.ceil(2 * model.config.flow.chunk / model.config.flow.first_frames),
             block_tokens=c.semantic_block,
             prefill=model.prefill,
         )
@@ -95,10 +100,11 @@ class Budget:
         """Milliseconds in every 80 that so many sessions need, by step, where some have their users transcribed."""
         blocks = sessions * self.speaking * TICK_MS / self.block_ms
         batch = max(1, math.ceil(blocks))
+        block = self.cost("speak", batch) + self.cost("flow", batch) + self.pieces * self.cost("sound", batch)
         heard = transcribed * (1 - self.speaking)
         return {
             "ticks": self.cost("tick", sessions) if sessions else 0.0,
-            "speech": blocks * (self.cost("speak", batch) + self.cost("sound", batch)) / batch,
+            "speech": blocks * block / batch,
             "text": blocks * self.cost("write", batch) / batch,
             "context": sessions * self.speaking * self.cost("read", 1) / self.prefill,
             "transcripts": heard

@@ -1,7 +1,8 @@
 """One conversation on a clock of 80 ms: it always listens, also while it speaks, and stops when the user takes over.
 
 Each tick takes 80 ms of the user's sound, decides, and gives what may be sent of the reply. The heavy work lies between
-ticks, in steps that are bounded: one piece of context read again, one block of text written, one block of it spoken.
+ticks, in steps that are bounded: one piece of context read again, one block of text written; of its speech the tokens
+of one block, the mel frames of one, a piece of their sound.
 
 The LLM's context is in `branches`, whose turn it is in `turn_taking`, what was said in `history`, the way to the user
 in `playback`. Several conversations on one engine share their steps: those are in `batch`.
@@ -61,8 +62,9 @@ ENOUGH_MS = 600.0
 @dataclass
 class _Answer:
     """A reply that is being made. begins: positions of the reply row before its text; last (1, dim): the state that
-    predicts its next token; block: vectors that wait to be spoken; mel (frames, n_mels): what was spoken of them and
-    waits to sound; spoken: whether that is the last."""
+    predicts its next token; block: vectors that wait to be spoken; spoken, flowed: whether all its speech tokens, all
+    its mel frames have been made; tokens (n,), mel (frames, n_mels): those that wait to flow, and to sound;
+    most_frames: mel frames that sound at once."""
 
     number: int
     settings: Settings
@@ -73,15 +75,29 @@ class _Answer:
     exchange: Exchange
     clock: Clock
     text: TextStream
+    most_frames: int
     ids: list[int] = field(default_factory=list)
     written: bool = False
     block: tuple[Tensor, Tensor, int] | None = None
-    mel: Tensor | None = None
+    tokens: Tensor | None = None
     spoken: bool = False
+    mel: Tensor | None = None
+    flowed: bool = False
     told: bool = False
     """Whether its end has been told."""
     total_ms: float | None = None
     """All its sound, once it is complete."""
+
+    @property
+    def ends(self) -> bool:
+        """Whether nothing waits to sound but what the vocoder holds back."""
+        return self.flowed and self.mel is not None and not len(self.mel)
+
+    @property
+    def piece(self) -> Tensor:
+        """What sounds next of the mel frames that wait: pieces are as few as may be, and of one length."""
+        assert self.mel is not None
+        return self.mel[: -(-len(self.mel) // max(1, -(-len(self.mel) // self.most_frames)))]
 
 
 class Conversation:
@@ -215,14 +231,16 @@ class Conversation:
 
     @property
     def next_step(self) -> str | None:
-        """The work that is due: "read", "write", "speak" or "sound", or None."""
+        """The work that is due: "read", "write", "speak", "flow", "sound" or "end", or None."""
         if self._branches.reading is not None:
             return "read"
         answer = self._answer
-        if answer is not None and answer.mel is not None:
-            return "sound"
         if answer is None or self._playback.queued >= ENOUGH_MS * self.rate / 1e3:
             return None
+        if answer.mel is not None:
+            return "end" if answer.ends else "sound"
+        if answer.tokens is not None:
+            return "flow"
         if answer.block is None and not answer.written:
             return "write"
         return "speak" if answer.settings.speak and not answer.spoken else None
@@ -424,6 +442,7 @@ class Conversation:
             exchange,
             Clock(self.timings, self.model.device),
             TextStream(self.tokenizer),
+            self.model.config.flow.first_frames,
         )
         self._interrupted = None
         self._replies += 1
@@ -498,16 +517,26 @@ class Conversation:
             self._finished(answer)
         return events
 
-    def _spoke(self, answer: _Answer, mel: Tensor, finished: bool) -> list[Event]:
-        """mel (frames, n_mels): of a block, and whether it is the reply's last."""
+    def _spoke(self, answer: _Answer, tokens: Tensor, finished: bool) -> list[Event]:
+        """tokens (n,): of a block, and whether it is the reply's last."""
         answer.block, answer.spoken = None, finished
-        answer.mel = mel if len(mel) or finished else None
+        answer.tokens = tokens if len(tokens) or finished else None
+        return []
+
+    def _flowed(self, answer: _Answer, mel: Tensor, empty: bool) -> list[Event]:
+        """mel (frames, n_mels): of one chunk at most, and whether no token is left in the flow."""
+        answer.flowed = answer.spoken and empty
+        assert answer.tokens is not None
+        answer.tokens = answer.tokens[:0] if answer.spoken and not empty else None
+        answer.mel = mel if len(mel) or answer.flowed else None
         return []
 
     def _sounded(self, answer: _Answer, sound: np.ndarray, finished: bool) -> list[Event]:
         if len(sound):
             answer.clock.mark(T.TO_AUDIO)
-        answer.mel = None
+        assert answer.mel is not None
+        rest = answer.mel[len(answer.piece) :]
+        answer.mel = rest if len(rest) or (answer.flowed and not finished) else None
         self._playback.put(answer.generation, sound, finished)
         if answer is not self._answer:
             return []

@@ -316,11 +316,12 @@ class Session:
         Entries whose states or sound are NaN are named in `faults`; they give no more sound.
         """
         rows = torch.where(speaking, self.rows, -1).to(torch.int32)
-        mel, frames, finished, failed = steps.speak(
+        tokens, spoken, finished, failed = steps.speak(
             self.model, state, rows, (hidden, embedding), counts, text_done, clock
         )
         for entry in failed:
             rows[entry] = -1
+        mel, frames = steps.flow(self.model, state, rows, tokens, spoken, finished, clock, whole=True)
         pieces, unheard = steps.sound(self.model, state, rows, mel, frames, finished, clock)
         for entry, why in (unheard | failed).items():
             faults[entry] = why

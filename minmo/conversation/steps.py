@@ -1,4 +1,5 @@
-"""What a batch of sessions computes at once: hears 80 ms, decides, writes a block, begins to speak, speaks a block.
+"""What a batch of sessions computes at once: hears 80 ms, decides, writes a block, begins to speak, speaks a block,
+gives its mel frames, and its sound.
 
 Entry b of a batch is the session in row rows[b] of its states, -1 = none; nothing here knows what a turn is.
 """
@@ -233,8 +234,8 @@ def speak(
     text_done: Tensor,
     clock: Clock,
 ) -> tuple[Tensor, Lengths, Tensor, dict[int, str]]:
-    """Semantic vectors -> speech tokens -> mel frames (batch, n, n_mels) and their counts (batch,), which entries have
-    finished (batch,), and why entries failed, whose states are NaN: they give no frames.
+    """Semantic vectors -> speech tokens (batch, n) int32 and their counts (batch,), which entries have finished
+    (batch,), and why entries failed, whose states are NaN.
 
     vectors: hidden states and embeddings (batch, block, dim), of which an entry has `counts`; text_done (batch,) bool.
     """
@@ -243,21 +244,37 @@ def speak(
     finished = read_rows(state.decoder.finished, rows)
     failed = read_rows(state.decoder.failed, rows)
     faults = dict.fromkeys(torch.nonzero(failed)[:, 0].tolist(), VOICE_FAULT)
-    rows = torch.where(failed, -1, rows).to(torch.int32)
     if int(token_counts.max()) > 0:
         clock.lap(T.SPEECH_BLOCK)
         clock.mark(T.TO_SPEECH)
-    tokens = tokens[:, : int(token_counts.max())]
-    mel, frames, _ = model.flow.step(tokens, token_counts, state.flow, rows, finished)
+    return tokens[:, : int(token_counts.max())], token_counts, finished, faults
+
+
+def flow(
+    model: MinMo,
+    state: SpeakingState,
+    rows: Tensor,
+    tokens: Tensor,
+    counts: Lengths,
+    finished: Tensor,
+    clock: Clock,
+    *,
+    whole: bool,
+) -> tuple[Tensor, Lengths]:
+    """What `speak` gave -> mel frames (batch, n, n_mels) and their counts (batch,): those of all chunks that are
+    complete, or, where not `whole`, of the next one (see `Flow.chunk`)."""
+    clock.skip()
+    step = model.flow.step if whole else model.flow.chunk
+    mel, frames, _ = step(tokens, counts, state.flow, rows, finished)
     if int(frames.max()) > 0:
         clock.lap(T.FLOW)
-    return mel[:, : int(frames.max())], frames, finished, faults
+    return mel[:, : int(frames.max())], frames
 
 
 def sound(
     model: MinMo, state: SpeakingState, rows: Tensor, mel: Tensor, frames: Lengths, finished: Tensor, clock: Clock
 ) -> tuple[list[np.ndarray], dict[int, str]]:
-    """What `speak` gave -> the sound of each entry, and why entries failed, whose sound is NaN: they give none."""
+    """What `flow` gave -> the sound of each entry, and why entries failed, whose sound is NaN: they give none."""
     clock.skip()
     audio, samples, _ = model.vocoder.step(mel, frames, state.vocoder, rows, finished)
     if int(samples.max()) > 0:

@@ -152,9 +152,10 @@ class FastMinMo(MinMo):
 
     @property
     def _mel_frames(self) -> tuple[int, ...]:
-        """Mel frames that the vocoder takes at once: the first chunk's, the others', and a last pass of its own."""
+        """Mel frames that the vocoder takes at once: the first chunk's, the others', half of these, and a last pass of
+        its own."""
         c = self.config.flow
-        return 2 * (c.chunk - c.lookahead), 2 * c.chunk, self.vocoder.holdback
+        return c.first_frames, 2 * c.chunk, c.chunk, self.vocoder.holdback
 
     def warmup(self) -> dict[str, float]:
         """Runs every step once for each bucket of rows, which compiles and captures: afterwards the first request is as
@@ -218,8 +219,13 @@ class FastMinMo(MinMo):
             tokens = torch.zeros(batch, c.voice_decoder.speech_block, dtype=torch.int32, device=self.device)
             mel, _, _ = self.flow.step(tokens, full_lengths(tokens), speaking.flow, rows, more)
             yield took("flow")
-            first, other, _ = self._mel_frames
-            for name, size, final in (("first sound", first, more), ("vocoder", other, more), ("end", other, ~more)):
+            first, other, half, _ = self._mel_frames
+            for name, size, final in (
+                ("first sound", first, more),
+                ("half a block's sound", half, more),
+                ("a block's sound", other, more),
+                ("end of sound", 0, ~more),
+            ):
                 piece = mel[:, :size]
                 self.vocoder.step(piece, full_lengths(piece), speaking.vocoder, rows, final)
                 yield took(name)

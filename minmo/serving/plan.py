@@ -20,7 +20,7 @@ from minmo.serving.guard import Guard, Limits
 from minmo.serving.store import Store
 
 NOTHING = {1: 0.001}
-FREE = Budget(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING)
+FREE = Budget(NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING, NOTHING)
 """As if steps cost nothing: as many sessions as asked for."""
 
 

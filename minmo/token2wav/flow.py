@@ -243,35 +243,58 @@ class Flow(nn.Module):
         (batch, 2 (T + chunk + lookahead - 1), n_mels), zeros beyond each length, and lengths (batch,) int32.
         """
         c = self.config
+        longest = 2 * (tokens.shape[1] + state.tokens.shape[1])
+        lengths = active_lengths(lengths, rows)
+        mel = state.speaker.new_zeros((len(tokens), 0, c.n_mels), dtype=self._output_dtype)
+        mel_lengths, more = torch.zeros_like(lengths), torch.zeros_like(final)
+        for begin in range(0, tokens.shape[1], c.chunk):
+            piece = tokens[:, begin : begin + c.chunk]
+            count = (lengths - begin).clamp(0, piece.shape[1])
+            mel, mel_lengths = join(mel, mel_lengths, *self.chunk(piece, count, state, rows, more)[:2])
+        for _ in range(2):  # what waits then is less than two chunks
+            if nobody(final & (rows >= 0)):
+                break
+            none = tokens[:, :0], torch.zeros_like(lengths)
+            mel, mel_lengths = join(mel, mel_lengths, *self.chunk(*none, state, rows, final)[:2])
+        mel = nn.functional.pad(mel[:, :longest], [0, 0, 0, max(0, longest - mel.shape[1])])
+        return mel, mel_lengths.to(torch.int32), state
+
+    def chunk(
+        self, tokens: Tensor, lengths: Lengths, state: FlowState, rows: Tensor, final: Tensor
+    ) -> tuple[Tensor, Lengths, FlowState]:
+        """As `step`, of at most `chunk` tokens, but gives the next chunk alone, where it is complete. Where `final` is
+        said, a session has given all once state.waiting is 0: call again, without tokens.
+
+        -> mel (batch, 2 chunk, n_mels), zeros beyond each length, and lengths (batch,) int32.
+        """
+        c = self.config
+        if tokens.shape[1] > c.chunk:
+            raise ValueError(f"tokens must be at most {c.chunk}, a chunk, got {tokens.shape[1]}")
         tokens, lengths = self._check_tokens("tokens", tokens, active_lengths(lengths, rows))
-        capacity = state.tokens.shape[1]
         pending, total = join(read_rows(state.tokens, rows), read_rows(state.waiting, rows), tokens, lengths)
         # Room for one more window, so that it never runs out of the tensor.
         pending = nn.functional.pad(pending, [0, c.chunk + c.lookahead])
-        final = final & (rows >= 0)
-        mel = state.speaker.new_zeros((len(tokens), 0, c.n_mels), dtype=self._output_dtype)
-        mel_lengths = torch.zeros_like(lengths)
-        for _ in range(-(-(capacity + tokens.shape[1]) // c.chunk)):
-            size = c.chunk - (read_rows(state.done, rows) + c.lookahead) % c.chunk
-            rest = torch.where(final, torch.minimum(size, total), 0)
-            size = torch.where((total >= size + c.lookahead) & (rows >= 0), size, rest).to(torch.int32)
-            if nobody(size > 0):
-                break
+        size = c.chunk - (read_rows(state.done, rows) + c.lookahead) % c.chunk
+        rest = torch.where(final, torch.minimum(size, total), 0)
+        size = torch.where(total >= size + c.lookahead, size, rest)
+        size = torch.where(rows >= 0, size, 0).to(torch.int32)
+        if nobody(size > 0):
+            mel = state.speaker.new_zeros((len(tokens), 2 * c.chunk, c.n_mels), dtype=self._output_dtype)
+            mel_lengths = torch.zeros_like(lengths)
+        else:
             active = torch.where(size > 0, rows, -1)
             condition = nn.functional.pad(read_rows(state.condition, active), [0, 0, 0, 2 * (c.chunk - c.lookahead)])
             drop = torch.minimum(read_rows(state.drop, active), 2 * size)
             available = torch.minimum(total, size + c.lookahead)
-            new = self._chunk(pending[:, : c.chunk + c.lookahead], size, available, condition, state, active)
+            mel = self._chunk(pending[:, : c.chunk + c.lookahead], size, available, condition, state, active)
             write_rows(state.condition, active, torch.zeros_like(condition[:, : 2 * c.lookahead]))
             write_rows(state.drop, active, torch.zeros_like(drop))
-            mel, mel_lengths = join(mel, mel_lengths, take(new, drop, 2 * c.chunk), 2 * size - drop)
+            mel_lengths = (2 * size - drop).to(torch.int32)
+            mel = masked(take(mel, drop, 2 * c.chunk), mel_lengths)
             pending = masked(take(pending, size, pending.shape[1]), total - size)
-            total = total - size
-        write_rows(state.tokens, rows, pending[:, :capacity])
-        write_rows(state.waiting, rows, total)
-        longest = 2 * (capacity + tokens.shape[1])
-        mel = nn.functional.pad(mel[:, :longest], [0, 0, 0, max(0, longest - mel.shape[1])])
-        return mel, mel_lengths.to(torch.int32), state
+        write_rows(state.tokens, rows, pending[:, : state.tokens.shape[1]])
+        write_rows(state.waiting, rows, total - size)
+        return mel, mel_lengths, state
 
     def _chunk(
         self, tokens: Tensor, size: Tensor, available: Tensor, condition: Tensor, state: FlowState, rows: Tensor

@@ -21,7 +21,7 @@ TEXT = minmo.Settings(temperature=0.0, max_text_tokens=6, max_speech_ratio=4, sp
 AT_ONCE = TurnTaking(answer_ticks=1, stop=0.5, stop_ticks=1)
 TAKE, STOP, NEITHER, NAN = (1.0, 0.0), (0.0, 1.0), (0.0, 0.0), (float("nan"), 0.0)
 DECIDE = steps.decide
-CHEAP = Budget(*[{1: 1.0}] * 5)
+CHEAP = Budget(*[{1: 1.0}] * 7)
 WAIT_S = 600.0
 """How long a test waits for what must come: machines may be slow, and none may hang."""
 

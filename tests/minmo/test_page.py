@@ -154,7 +154,7 @@ def test_what_a_person_is_told(serve, scripted, browse):
 
 def test_nano_answers(serve, browse, tmp_path):
     engine = minmo.FastMinMo.from_pretrained("nano", "cpu", rows=3, max_positions=600, max_voice_positions=1200)
-    with Scheduler(engine, budget=Budget(*[{1: 1.0}] * 5)) as scheduler:
+    with Scheduler(engine, budget=Budget(*[{1: 1.0}] * 7)) as scheduler:
         drawing = minmo.Settings(temperature=0.0, max_text_tokens=16)
         page = browse(serve(scheduler, drawing=drawing).url, silence(1), SUM, silence(12))
         page.get_by_role("button", name="Talk").click()

@@ -23,7 +23,7 @@ import minmo
 from minmo.config import TICK
 from minmo.conversation import batch, steps
 from minmo.conversation import line as lines
-from minmo.conversation.budget import Budget
+from minmo.conversation.budget import PARTS, Budget
 from minmo.conversation.conversation import Conversation
 from minmo.conversation.events import Decision, Fault, ReplyDone, Sound, TextDelta
 from minmo.conversation.history import Exchange, History
@@ -126,7 +126,7 @@ def test_what_shares_every_batch_changes_nothing(engine, decisions):
             do("tick", lambda members, pieces=pieces: batch.tick(members, pieces), [0, 1, 2])
     for conversation in together:
         conversation.close()
-    assert {("tick", 3), ("read", 3), ("write", 2), ("speak", 2), ("sound", 2)} <= shared
+    assert {("tick", 3), ("read", 3), ("write", 2), ("speak", 2), ("flow", 2), ("sound", 2)} <= shared
     for own, plan, samples, s in zip(events, plans, sounds, drawn, strict=True):
         assert_same(own, alone(engine, decisions, plan, samples, s))
 
@@ -206,8 +206,16 @@ def test_a_step_that_fails_ends_those_who_shared_it(scheduler, monkeypatch):
 
 
 def test_a_session_beyond_the_budget_is_refused_with_the_figures(engine):
-    """Two fit: ticks 20, speech 2 x 0.5 x 80/600 x 150 = 20, text 4; a third takes 30 + 30 + 6 of 64."""
-    budget = Budget(tick={1: 10.0, 4: 40.0}, read={1: 0.0}, write={1: 30.0}, speak={1: 100.0}, sound={1: 50.0})
+    """Two fit: ticks 20, speech 2 x 0.5 x 80/600 x (40 + 60 + 2 x 25) = 20, text 4; a third takes 30 + 30 + 6 of 64."""
+    budget = Budget(
+        tick={1: 10.0, 4: 40.0},
+        read={1: 0.0},
+        write={1: 30.0},
+        speak={1: 40.0},
+        flow={1: 60.0},
+        sound={1: 25.0},
+        end={1: 0.0},
+    )
     with Scheduler(engine, budget=budget) as scheduler:
         lines = [scheduler.open(lambda events: None, TEXT) for _ in range(2)]
         with pytest.raises(Refused, match=r"2 sessions run, which with one more would need 66 ms of every 80 ms \("):
@@ -232,7 +240,13 @@ def test_a_session_beyond_the_budget_is_refused_with_the_figures(engine):
 
 def test_what_a_budget_says_of_batches():
     budget = Budget(
-        tick={1: 10.0, 2: 12.0, 4: 20.0}, read={1: 8.0}, write={1: 20.0}, speak={1: 60.0, 4: 90.0}, sound={1: 0.0}
+        tick={1: 10.0, 2: 12.0, 4: 20.0},
+        read={1: 8.0},
+        write={1: 20.0},
+        speak={1: 60.0, 4: 90.0},
+        flow={1: 0.0},
+        sound={1: 0.0},
+        end={1: 0.0},
     )
     assert [budget.cost("tick", n) for n in (1, 2, 3, 4, 8)] == [10, 12, 16, 20, 40]
     assert budget.most("tick", 16, 9) == 3 and budget.most("speak", 40, 9) == 1 and budget.most("speak", 70, 9) == 2
@@ -246,7 +260,7 @@ def test_what_a_budget_says_of_batches():
 def test_a_budget_is_measured(engine):
     budget = Budget.measure(engine, 2, repeats=1)
     assert set(budget.tick) == set(budget.speak) <= {1, 2} and 1 in budget.tick and budget.block_ms == 600
-    assert all(ms > 0 for costs in (budget.tick, budget.read, budget.write, budget.speak) for ms in costs.values())
+    assert all(ms > 0 for step in PARTS for ms in getattr(budget, step).values()) and budget.pieces == 2
     assert not engine._seated
 
 
@@ -254,7 +268,7 @@ def test_the_nearest_deadline_goes_first():
     """Least buffered sound first, whichever step that is; context that has waited long before sound that lasts."""
     scheduler = object.__new__(Scheduler)
     scheduler._wake = threading.Condition()
-    scheduler.budget = Budget({1: 1.0}, {1: 10.0}, {1: 5.0}, {1: 30.0, 2: 36.0, 4: 80.0}, {1: 20.0})
+    scheduler.budget = Budget({1: 1.0}, {1: 10.0}, {1: 5.0}, {1: 30.0, 2: 36.0, 4: 80.0}, *[{1: 20.0}] * 3)
     now = time.perf_counter()
 
     def line(step, buffered_ms=0.0, waits_s=0.0, speaks=True):

@@ -36,7 +36,7 @@ WAIT_S = 600
 @pytest.fixture(scope="module")
 def scheduler():
     engine = minmo.FastMinMo.from_pretrained("nano", "cpu", rows=5, max_positions=600, max_voice_positions=1200)
-    with Scheduler(engine, budget=Budget(*[{1: 1.0}] * 5)) as scheduler:
+    with Scheduler(engine, budget=Budget(*[{1: 1.0}] * 7)) as scheduler:
         yield scheduler
 
 
