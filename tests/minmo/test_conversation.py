@@ -266,6 +266,57 @@ def test_ticks_are_heard_between_the_blocks_of_a_reply(model, script):
     assert_as_from_scratch(model, conversation)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_how_the_steps_cut_a_reply_is_not_heard(model, script, monkeypatch, seed):
+    """Its sound is that of its speech tokens in one shot; no step flows more than a chunk, or gives more sound than the
+    first chunk's mel frames."""
+    tokens, seeds, sizes = [], [], []
+    speak, start, sounds = steps.speak, steps.start_speaking, steps.sound
+
+    def kept(*arguments):
+        found = speak(*arguments)
+        tokens.append(found[0][0, : int(found[1])])
+        return found
+
+    monkeypatch.setattr(steps, "speak", kept)
+    monkeypatch.setattr(steps, "start_speaking", lambda *a: (seeds.append(a[3]), start(*a)))
+    monkeypatch.setattr(steps, "sound", lambda *a: (sizes.append(a[3].shape[1]), sounds(*a))[1])
+    script(NEITHER, TAKE)
+    drawn = dataclasses.replace(GREEDY, temperature=1.0, seed=seed, max_text_tokens=11 + seed)
+    conversation = Conversation(model, drawn, AT_ONCE, max_positions=300)
+    events = run(conversation, sound(60, seed))
+    assert len(of(ReplyDone, events)) == 1
+    spoken, voice = torch.cat(tokens)[None], model.speaker[None]
+    with torch.inference_mode():
+        mel, _ = model.flow(spoken, None, voice, seeds[0])
+        expected, _ = model.vocoder(mel, None, seeds[0])
+    heard = np.concatenate([s.audio for s in of(Sound, events)])
+    assert len(heard) == 960 * spoken.shape[1] > 960 * 30
+    np.testing.assert_allclose(heard, expected[0].numpy(), atol=1e-3)
+    assert sizes[0] == 24 and sizes[1:3] == [15, 15] and sizes[-1] == 0 and min(sizes[:-1]) > 0 and max(sizes) == 24
+
+
+def test_a_cut_between_two_steps_of_a_block_leaves_nothing_behind(model, script):
+    """Whichever step was next: the context is as from scratch, and the next reply sounds the same, byte for byte."""
+    later = []
+    for kind in ("write", "speak", "flow", "sound"):
+        script(NEITHER, TAKE, STOP, NEITHER, NEITHER, TAKE)
+        conversation = Conversation(model, GREEDY, AT_ONCE, max_positions=300)
+        ticks = sound(30, 1)
+        run(conversation, ticks[:1])
+        events = run(conversation, ticks[1:2], work=False)
+        while conversation.next_step != kind:
+            events += conversation.step()
+        events += run(conversation, ticks[2:3], work=False)
+        assert len(of(Interrupted, events)) == 1 and not of(Sound, events) and conversation.next_step == "read"
+        events = run(conversation, ticks[3:5])
+        assert not of(Sound, events) and not of(TextDelta, events)
+        events = run(conversation, ticks[5:])
+        later.append(np.concatenate([s.audio for s in of(Sound, events)]))
+        assert_as_from_scratch(model, conversation)
+    assert len(later[0]) > 24_000 and all(np.array_equal(later[0], audio) for audio in later[1:])
+
+
 def test_the_oldest_exchanges_are_forgotten_while_it_listens(model, script):
     text = dataclasses.replace(GREEDY, speak=False)
     script(*[NEITHER, NEITHER, TAKE] * 12)

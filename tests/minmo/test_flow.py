@@ -345,6 +345,28 @@ def test_flow_random_weights_give_moderate_mel() -> None:
 # --- the chunk grid and its cost
 
 
+@LAW
+@given(st.integers(0, 2**31 - 1), st.integers(0, 24))
+def test_flow_chunk_by_chunk_equals_one_shot(seed: int, size: int) -> None:
+    """One chunk a call and no more, also at the end, where two chunks may be left."""
+    flow, draw = make(TINY), np.random.RandomState(seed)
+    tokens = torch.from_numpy(draw.randint(0, TINY.codes, (1, size)))
+    speaker, seeds = voices(TINY, 1, seed)
+    state = flow.start(flow.initial_state(1), int32(0), speaker, seeds)
+    mel, at, done = [], 0, False
+    while not done:
+        n = min(int(draw.randint(0, TINY.chunk + 1)), size - at)
+        final = torch.tensor([at + n == size])
+        y, count, state = flow.chunk(tokens[:, at : at + n], int32(n), state, int32(0), final)
+        assert y.shape[1] == 2 * TINY.chunk and not y[:, int(count) :].any()
+        mel.append(y[0, : int(count)])
+        at, done = at + n, bool(final) and not state.waiting.item()
+        assert len(mel) <= 200, "every call with `final` gives some"
+    assert_same(torch.cat(mel), one_by_one(flow, [tokens[0]], speaker, seeds)[0])
+    with pytest.raises(ValueError, match="at most 5, a chunk, got 6"):
+        flow.chunk(torch.zeros(1, 6, dtype=torch.int64), int32(6), state, int32(0), torch.tensor([False]))
+
+
 def test_flow_schedule_of_a_reply() -> None:
     """A block of 15 tokens: 12 + 3 of look-ahead first, 15 new ones from then on, as 24, 30, 30, ... mel frames."""
     flow = make(dataclasses.replace(TINY, chunk=15, lookahead=3, left_context=60))

@@ -264,6 +264,33 @@ def test_a_budget_is_measured(engine):
     assert not engine._seated
 
 
+def test_a_tick_waits_for_one_step_at_most(scheduler, decisions, monkeypatch):
+    """While another's reply is made, of which every step has such a tick come in meanwhile."""
+    talking, listening, order = Client(scheduler), Client(scheduler, TEXT), []
+    listening.settle()
+
+    def meanwhile(kind, step):
+        def computed(conversations):
+            order.append(kind)
+            listening.line._paced = 0.0  # long ago: it is due at once
+            listening.line.hear(sound(1))
+            return step(conversations)
+
+        return computed
+
+    hear = scheduler._hear
+    monkeypatch.setattr(scheduler, "_hear", lambda own: (order.append("tick"), hear(own)))
+    for kind, step in batch.STEPS.items():
+        monkeypatch.setitem(batch.STEPS, kind, meanwhile(kind, step))
+    decisions.plan(talking.conversation, [NEITHER, TAKE])
+    for _ in range(40):
+        talking.line._paced = 0.0
+        talking.line.hear(sound(1, 1))
+        talking.settle()
+    assert len(talking.of(ReplyDone)) == 1 and set(batch.STEPS) <= set(order)
+    assert all("tick" in pair for pair in zip(order, order[1:], strict=False))
+
+
 def test_the_nearest_deadline_goes_first():
     """Least buffered sound first, whichever step that is; context that has waited long before sound that lasts."""
     scheduler = object.__new__(Scheduler)
