@@ -206,7 +206,7 @@ def test_a_step_that_fails_ends_those_who_shared_it(scheduler, monkeypatch):
 
 
 def test_a_session_beyond_the_budget_is_refused_with_the_figures(engine):
-    """Two fit: ticks 20, speech 2 x 0.5 x 80/600 x (40 + 60 + 2 x 25) = 20, text 4; a third takes 30 + 30 + 6 of 64."""
+    """Two fit: ticks 20, speech 2 x 0.5 x 80/600 x (40 + 60 + 2 x 25) = 20, text 4; a third takes 30 + 30 + 6 of 56."""
     budget = Budget(
         tick={1: 10.0, 4: 40.0},
         read={1: 0.0},
