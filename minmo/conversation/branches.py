@@ -47,7 +47,7 @@ class Branches:
         self._tokenizer, self._seats = tokenizer, seats
         self._rows: list[int] = seats.rows.tolist()
         self._listens = 0
-        _, self._ending = tokenizer.turn(CHAT)
+        self._opening, self._ending = tokenizer.turn(CHAT)
         self._between, _ = tokenizer.turn(CHAT, first=False)
         self.reread()
 
@@ -116,6 +116,10 @@ class Branches:
         begins = int(llm.lengths[self.listening]) + ending
         hidden = self._read(self.listening, self._embed([*self._ending, *self._between]))
         copy_prefix(llm, self.listening, self.spare, begins)
+        if not self.model.config.remembered:
+            # A turn follows on no exchange, nor does one that is said while this is answered.
+            truncate(llm, self.listening, 0)
+            self._read(self.listening, self._embed(self._opening))
         self.hidden = []
         self._predict_anew()
         return self.history.close(number), begins, hidden[ending - 1][None]

@@ -34,25 +34,21 @@ from minmo.conversation.events import (
     TurnTaken,
 )
 from minmo.conversation.history import Exchange, History, heard_tokens
-from minmo.conversation.onset import Onset
 from minmo.conversation.playback import Playback
 from minmo.conversation.settings import Settings
 from minmo.conversation.timings import Clock, Timings
 from minmo.conversation.turn_taking import Floor, Phase, TurnTaking
 from minmo.model import MinMo, MinMoState
 from minmo.state import full_lengths
+from minmo.tokenizer.onset import Onset
 from minmo.tokenizer.text import CHAT, TextStream
 
 LONGEST_TURN = 750
 """Positions of a user's turn (60 s); of a longer one the older half is forgotten."""
 LONGEST_SILENCE, KEPT_SILENCE = 100, 13
 """Positions of an open turn without a voice, until all but the last second is forgotten."""
-BEFORE_VOICE = 4
-"""Positions that stay in front of the first voice of a turn: 300 ms."""
 KEPT_SOUND = 40
 """Ticks of sound that can be heard again, where a turn begins."""
-JUST_BEGUN = SAMPLE_RATE
-"""Samples since a voice began, up to which it goes on into the turn after a reply."""
 AHEAD_MS = 200.0
 """Sound that is sent ahead of what can have been played."""
 ENOUGH_MS = 600.0
@@ -141,8 +137,6 @@ class Conversation:
         self._playback = Playback(round(ahead_ms * self.rate / 1e3))
         self._samples = self._drawn = 0
         self._sounds: deque[np.ndarray] = deque(maxlen=KEPT_SOUND)
-        self._begins = True
-        """Whether the open turn still has in front what was heard before its first voice."""
         self._answer: _Answer | None = None
         self._interrupted: _Answer | None = None
         """The newest reply, where it was cut."""
@@ -287,7 +281,7 @@ class Conversation:
     def clear(self) -> list[Event]:
         """Forgets the open turn: what was said or typed since the last one was taken."""
         self._branches.clear()
-        self._new_turn()
+        self._onset.new_turn()
         return []
 
     @torch.inference_mode()
@@ -384,27 +378,19 @@ class Conversation:
             self._trim(self._longest // 2)
 
     def _heard_voice(self, bands: np.ndarray) -> list[Event]:
-        """Stamps the begin and the end of a voice. A turn begins with its first one, once no reply is running; a voice
-        that ends while one is running let it go on, and belongs to no turn."""
+        """Stamps the begin and the end of a voice. A turn begins with its first one, also while a reply is running."""
         events, onset = list[Event](), self._onset
-        if onset.hear(bands):
+        if onset.hear(bands, replying=self._answer is not None):
             began = SpeechStarted(self.now_ms, _ms(onset.began))
             events.append(began if onset.voice else SpeechStopped(self.now_ms, _ms(onset.ended)))
-            if not onset.voice and self._answer is not None:
-                self._new_turn()
-        free = self._answer is None and self._branches.reading is None and not self.history.typed
-        if self._begins and free and onset.turn is not None:
-            self._begin_turn((self._samples - onset.turn) // TICK + BEFORE_VOICE)
+        free = self._branches.reading is None and not self.history.typed
+        if free and (keep := onset.begun()) is not None:
+            self._begin_turn(keep)
         return events
-
-    def _new_turn(self) -> None:
-        self._onset.new_turn()
-        self._begins = True
 
     def _begin_turn(self, keep: int) -> None:
         """The open turn consists of its last positions, as if nothing had been heard before: what the encoder remembers
         of earlier turns is no part of a turn that the LLM was trained on."""
-        self._begins = False
         keep = min(keep, len(self.history.open), max(1, self._longest // 2))
         if keep > len(self._sounds):
             self._trim(keep)
@@ -447,7 +433,7 @@ class Conversation:
         self._interrupted = None
         self._replies += 1
         ended = _ms(self._onset.last) if self._onset.turn is not None and not exchange.typed else self.now_ms
-        self._new_turn()
+        self._onset.new_turn()
         return [TurnTaken(self.now_ms, self._answer.number, ended)]
 
     def _cut(self, by_user: bool) -> list[Event]:
@@ -475,11 +461,10 @@ class Conversation:
         return heard_tokens(len(answer.ids), heard, answer.total_ms, self.history.ms_per_token)
 
     def _finished(self, answer: _Answer) -> None:
-        """The reply was heard to its end. A voice that has been there for long was its echo, or let it go on."""
+        """The reply was heard to its end."""
         self._floor.give_way()
         self._end(answer, len(answer.ids))
-        if self._onset.turn is not None and self._samples - self._onset.turn > JUST_BEGUN:
-            self._new_turn()
+        self._onset.reply_over()
 
     def _end(self, answer: _Answer, tokens: int) -> None:
         """The reply is over; so many of its tokens were heard, and go into the context."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from lhotse import MonoCut, Recording
 from lhotse.cut import Cut
 
 from minmo.config import SAMPLE_RATE
-from minmo.data.duplex import Sample, samples
+from minmo.data.duplex import Begun, Sample, samples
 from minmo.data.manifest import load_sound
 from minmo.data.schema import TASKS, events_of
 from minmo.data.simulator import Dialogue
@@ -55,9 +56,10 @@ def dialogue_cut(dialogue: Dialogue, folder: Path | None = None) -> MonoCut:
     return MonoCut(dialogue.name, 0, user.duration, 0, recording=user, custom=custom)
 
 
-def duplex_samples(cut: Cut) -> list[Sample]:
-    """The training samples of a duplex line; its recording's id names the dialogue, since a cut's own may change."""
-    return samples(cut.recording.id, events_of(cut), round(cut.duration * SAMPLE_RATE))
+def duplex_samples(cut: Cut, begun: Sequence[Begun] = ()) -> list[Sample]:
+    """The training samples of a duplex line; its recording's id names the dialogue, since a cut's own may change.
+    begun: where its turns were noticed."""
+    return samples(cut.recording.id, events_of(cut), round(cut.duration * SAMPLE_RATE), begun)
 
 
 def _recording(name: str, channel: np.ndarray, folder: Path | None) -> Recording:

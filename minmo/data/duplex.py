@@ -5,6 +5,9 @@ after the assistant's end, T ~ N(0.6, 0.4^2) s, or by barging in; a back-channel
 then 1 on the last positions of the open turn. Times are samples of 16 kHz, and voices lie without silence around them:
 an event ends at the voice's last sound, or where a reply was cut off. LLM positions of 80 ms count on one grid over the
 whole dialogue; a position belongs to what has happened when it is complete.
+
+A session hears an open turn anew once it notices the turn's first voice (`begun_turns`): from there on the turn is what
+followed, and nothing before it is heard with it. What an open turn was and what it becomes are samples of their own.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import numpy as np
 
 from minmo.config import SAMPLE_RATE, TICK
 from minmo.data.draws import draws
+from minmo.tokenizer.onset import Onset
 from minmo.tokenizer.text import CHAT, TextTokenizer
 
 UNSUPERVISED = -100
@@ -47,17 +51,29 @@ class Event:
     text: str = ""
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A turn's first voice was noticed with LLM position `at`; the turn consists of those from `start` on."""
+
+    at: int
+    start: int
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One open user turn and its labels.
 
-    closed: the exchanges before it, (the user's LLM positions, the assistant's text); the text is empty where the reply
-    is still being spoken. open: LLM positions of the open turn. turn_taking, barge_in: (len(open),) int64 of 0, 1 and
-    UNSUPERVISED.
+    turn: how many exchanges precede it. replying: whether the last one's reply is still being spoken: then barge-in is
+    decided, else turn taking. closed: those exchanges, (the user's LLM positions, the assistant's text), the text empty
+    where it is being spoken. open: LLM positions of the open turn. since: for each turn of `closed` and for `open`, the
+    position with which the encoder began to hear it. turn_taking, barge_in: (len(open),) int64 of 0, 1, UNSUPERVISED.
     """
 
+    turn: int
+    replying: bool
     closed: tuple[tuple[range, str], ...]
     open: range
+    since: tuple[int, ...]
     turn_taking: np.ndarray = field(repr=False)
     barge_in: np.ndarray = field(repr=False)
 
@@ -78,12 +94,39 @@ def turn_delay(dialogue: str, turn: int) -> int:
     return delay
 
 
-def samples(dialogue: str, events: Sequence[Event], length: int) -> list[Sample]:
-    """The training samples of one dialogue of `length` samples, in order; `dialogue` names it for `turn_delay`.
+def begun_turns(bands: np.ndarray, events: Sequence[Event], length: int) -> list[Begun]:
+    """Where a session begins the turns of a dialogue of `length` samples, in order. bands (positions, n_mels): the
+    user's channel, the mean log-mel of each LLM position."""
+    check_events(events, length)
+    onset, found, opened, replying = Onset(), list[Begun](), 0, False
+    taken = {position(e.end) for e in _answered(events)}
+    over = {position(e.end) for e in events if e.kind == "assistant"}
+    for at, band in enumerate(bands):
+        onset.hear(band, replying)
+        if (ticks := onset.begun()) is not None:
+            found.append(Begun(at, max(opened, at + 1 - ticks)))
+        if at in over:
+            replying = False
+            onset.reply_over()
+        if at in taken:
+            opened, replying = at + 1, True
+            onset.new_turn()
+    return found
+
+
+def _answered(events: Sequence[Event]) -> list[Event]:
+    """The user's turns that a reply follows."""
+    users, replies = ([e for e in events if e.kind in kinds] for kinds in (USER_TURNS, ("assistant",)))
+    return users[: len(replies)]
+
+
+def samples(dialogue: str, events: Sequence[Event], length: int, begun: Sequence[Begun] = ()) -> list[Sample]:
+    """The training samples of one dialogue of `length` samples, in order; `dialogue` names it for `turn_delay`, begun:
+    where its turns were noticed.
 
     While a reply is being spoken, barge-in is decided under `closed` with an empty reply; afterwards, turn taking under
-    what was heard of it. Both rows hold the user's channel since the answer was decided. Raises ValueError for events
-    that are no dialogue (`check_events`).
+    what was heard of it. Both rows hold the user's channel since the answer was decided, or since the turn began.
+    Raises ValueError for events that are no dialogue (`check_events`).
     """
     check_events(events, length)
     users = [e for e in events if e.kind in USER_TURNS]
@@ -91,6 +134,7 @@ def samples(dialogue: str, events: Sequence[Event], length: int) -> list[Sample]
     voices = [e.start for e in events if e.kind in (*USER_TURNS, "backchannel")]
     found: list[Sample] = []
     closed: tuple[tuple[range, str], ...] = ()
+    since: tuple[int, ...] = ()
     begin, silent_from = 0, 0
     for turn in range(len(replies) + 1):
         user = users[turn] if turn < len(users) else None
@@ -101,17 +145,49 @@ def samples(dialogue: str, events: Sequence[Event], length: int) -> list[Sample]
                 taken = user.start if user.kind == "barge_in" else reply.end + turn_delay(dialogue, turn)
                 point, stop = min(taken, user.end), user.end
             listening = (*closed[:-1], (closed[-1][0], ""))
-            open_turn = range(begin, position(stop))
-            found.append(Sample(listening, open_turn, *_labels(open_turn, barge_in=(begin, position(point)))))
+            spans = (range(begin, position(stop)), (begin, position(point)), None)
+            found += _parts(listening, since, *spans, begun)
         stop = length
         if user:
             stop = min([user.end + ANSWER_GAP, length, *(start for start in voices if start > user.end)])
         open_turn, point = range(begin, position(stop)), position(user.end if user else length)
-        found.append(Sample(closed, open_turn, *_labels(open_turn, turn_taking=(position(silent_from), point))))
+        found += _parts(closed, since, open_turn, None, (position(silent_from), point), begun)
         if turn < len(replies) and user:
-            closed = (*closed, (range(begin, point + 1), replies[turn].text))
+            began, encoder = _newest(begun, begin, point)
+            closed, since = (*closed, (range(began, point + 1), replies[turn].text)), (*since, encoder)
             begin = point + 1
     return [s for s in found if (s.turn_taking >= 0).any() or (s.barge_in >= 0).any()]
+
+
+def _newest(begun: Sequence[Begun], begin: int, at: int) -> tuple[int, int]:
+    """Of an open turn that holds the positions from `begin` on, after the position `at`: the first that it still holds,
+    and that with which the encoder began."""
+    past = [b for b in begun if b.at <= at]
+    encoder = past[-1].start if past else 0
+    return max(begin, encoder), encoder
+
+
+def _parts(
+    closed: tuple[tuple[range, str], ...],
+    since: tuple[int, ...],
+    open_turn: range,
+    barge_in: tuple[int, int] | None,
+    turn_taking: tuple[int, int] | None,
+    begun: Sequence[Begun],
+) -> list[Sample]:
+    """The samples of an open turn that was begun anew while it was open: one before, and one after each time, in which
+    is decided what was not before. barge_in, turn_taking: the first supervised and the first positive position."""
+    parts, decided = list[Sample](), open_turn.start
+    ends = [b.at + 1 for b in begun if open_turn.start <= b.at < open_turn.stop - 1]
+    for stop in [*ends, open_turn.stop]:
+        began, encoder = _newest(begun, open_turn.start, decided - 1)
+        positions = range(began, stop)
+        rows = [_labels(positions, spans) for spans in (turn_taking, barge_in)]
+        for row in rows:
+            row[: decided - began] = UNSUPERVISED
+        parts.append(Sample(len(closed), barge_in is not None, closed, positions, (*since, encoder), *rows))
+        decided = stop
+    return parts
 
 
 def check_events(events: Sequence[Event], length: int) -> None:
@@ -136,18 +212,13 @@ def check_events(events: Sequence[Event], length: int) -> None:
             before = event
 
 
-def _labels(
-    open_turn: range, *, turn_taking: tuple[int, int] | None = None, barge_in: tuple[int, int] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The two label sequences; each is given as its first supervised and its first positive position, or not at all."""
+def _labels(open_turn: range, spans: tuple[int, int] | None) -> np.ndarray:
+    """A label sequence, given as its first supervised and its first positive position, or not at all."""
     positions = np.arange(open_turn.start, open_turn.stop)
-    rows = []
-    for spans in (turn_taking, barge_in):
-        row = np.full(len(positions), UNSUPERVISED, dtype=np.int64)
-        if spans is not None:
-            row = np.where(positions >= spans[0], (positions >= spans[1]).astype(np.int64), row)
-        rows.append(row)
-    return rows[0], rows[1]
+    row = np.full(len(positions), UNSUPERVISED, dtype=np.int64)
+    if spans is not None:
+        row = np.where(positions >= spans[0], (positions >= spans[1]).astype(np.int64), row)
+    return row
 
 
 def listening_context(

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from minmo.config import SAMPLE_RATE, TICK
-from minmo.data.dialogues import duplex_samples
 from minmo.data.duplex import USER_TURNS, position
 from minmo.data.reactive import OUTLASTS_MS, STOP_WITHIN_MS
 from minmo.evaluation.material import Line
@@ -78,7 +77,7 @@ def predictor_rows(model: MinMo, lines: Sequence[Line], seed: int) -> list[Row]:
     """The paper's measures: the predictor alone, on dialogues that it does not change."""
     found = Turns()
     for line in lines:
-        found.add(count_turns(model, line.cut, duplex_samples(line.cut)))
+        found.add(count_turns(model, line.cut))
     return [Row("full duplex", POSITIONS, name, score) for name, score in found.scores(seed).items()]
 
 

@@ -11,7 +11,6 @@ import torch
 import minmo
 from minmo.conversation.settings import Settings
 from minmo.conversation.timings import TO_AUDIO, TO_SPEECH, TO_TEXT, TOTAL
-from minmo.data.dialogues import duplex_samples
 from minmo.evaluation import measures
 from minmo.evaluation.listener import BATCH, Listener, sound_of
 from minmo.evaluation.material import Line
@@ -126,7 +125,7 @@ def _turns(bench: Bench, lines: Sequence[Line]) -> list[Record]:
     found = []
     for line in lines:
         with torch.inference_mode():
-            turns = count_turns(bench.listener.model, line.cut, duplex_samples(line.cut))
+            turns = count_turns(bench.listener.model, line.cut)
         found.append(_about(line) | {"marks": turns.marks, "right": turns.right})
     return found
 

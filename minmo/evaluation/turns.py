@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minmo.conversation.turn_taking import Floor, TurnTaking
 from minmo.data.duplex import Sample, f1_at_k, position
+from minmo.data.manifest import load_sound
 from minmo.data.schema import events_of
 from minmo.evaluation.scores import Score, f1, right_rate
 from minmo.model import MinMo
@@ -62,25 +63,49 @@ class Turns:
         self.dialogues.setdefault(name, []).append(dialogue)
 
 
-def count_turns(model: MinMo, cut: Any, samples: Sequence[Sample]) -> Turns:
-    """Decisions on one dialogue, a line of the task duplex, and its samples (`minmo.data.dialogues.duplex_samples`)."""
+def count_turns(model: MinMo, cut: Any) -> Turns:
+    """Decisions on one dialogue, a line of the task duplex."""
     if model.tokenizer is None:
         raise ValueError(f"{model.config.name} has no tokenizer.json; load a checkpoint directory that holds one")
     builder, objective = Builder(model.config, model.tokenizer), DuplexObjective(model).eval()
+    samples = builder.open_turns(cut, load_sound(cut))
     with torch.inference_mode():
-        logits = objective.logits(builder.duplex([cut])).float()
+        logits = objective.logits(builder.duplex([cut], most=len(samples))).float()
     turns = Turns()
-    _count(turns, cut, samples, torch.softmax(logits, dim=-1)[..., 1])
+    _count(turns, cut, _whole(samples, torch.softmax(logits, dim=-1)[..., 1]))
     return turns
 
 
-def _decisions(sample: Sample, supervised: set[int], probabilities: list[list[float]], place: int) -> set[int]:
+@dataclass
+class _OpenTurn:
+    """What was decided in an open turn: which of the two, after how many exchanges; by supervised position the label
+    and the probabilities (turn taking, barge-in)."""
+
+    place: int
+    before: int
+    labels: dict[int, int] = field(default_factory=dict)
+    probabilities: dict[int, list[float]] = field(default_factory=dict)
+
+
+def _whole(samples: Sequence[Sample], probabilities: Tensor) -> list[_OpenTurn]:
+    """Open turns of their samples, of which a turn that was begun anew has several. probabilities (samples, m, 2)."""
+    found: dict[tuple[int, int], _OpenTurn] = {}
+    for sample, row in zip(samples, probabilities.tolist(), strict=True):
+        place, labels = (BARGE_IN, sample.barge_in) if sample.replying else (TURN_TAKING, sample.turn_taking)
+        turn = found.setdefault((place, sample.turn), _OpenTurn(place, sample.turn))
+        for p, label, decisions in zip(sample.open, labels.tolist(), row, strict=False):
+            if label >= 0:
+                turn.labels[p], turn.probabilities[p] = label, decisions
+    return list(found.values())
+
+
+def _decisions(turn: _OpenTurn) -> set[int]:
     """The supervised positions at which a session would decide; after each it is asked anew."""
-    taken, floor = set[int](), _asked(place)
-    for p in sorted(supervised):
-        if floor.hear(*probabilities[p - sample.open.start]):
+    taken, floor = set[int](), _asked(turn.place)
+    for p, decisions in sorted(turn.probabilities.items()):
+        if floor.hear(*decisions):
             taken.add(p)
-            floor = _asked(place)
+            floor = _asked(turn.place)
     return taken
 
 
@@ -93,27 +118,27 @@ def _asked(place: int) -> Floor:
     return floor
 
 
-def _count(turns: Turns, cut: Any, samples: Sequence[Sample], probabilities: Tensor) -> None:
-    """probabilities (samples, m, 2 decisions)."""
+DECISIONS = {
+    TURN_TAKING: ("end of turn", "pause", "pauses of a turn waited through"),
+    BARGE_IN: ("barge-in", "backchannel", "back-channels let pass"),
+}
+"""By decision: its name, what must not bring it about, and the name of that."""
+
+
+def _count(turns: Turns, cut: Any, opened: Sequence[_OpenTurn]) -> None:
     events, name = events_of(cut), cut.recording.id
-    for sample, row in zip(samples, probabilities.tolist(), strict=True):
-        for place, labels, decision, kind, waited in (
-            (TURN_TAKING, sample.turn_taking, "end of turn", "pause", "pauses of a turn waited through"),
-            (BARGE_IN, sample.barge_in, "barge-in", "backchannel", "back-channels let pass"),
-        ):
-            supervised = {p for p, label in zip(sample.open, labels, strict=True) if label >= 0}
-            if not supervised:
-                continue
-            taken = _decisions(sample, supervised, row, place)
-            due = [p for p, label in zip(sample.open, labels, strict=True) if label == 1]
-            names = [decision]
-            if place == TURN_TAKING and due:
-                doubtful = cut.custom.get("ambiguous", [])[len(sample.closed) :][:1] == [True]
-                names.append(f"{decision}, {'ambiguous' if doubtful else 'unambiguous'} turns")
-            for k in SCORED:
-                for what in names:
-                    turns.mark(f"{what}, F1@{k}", name, min(taken, default=None), due[0] if due else None, k)
-            for event in events:
-                span = set(range(position(event.start), position(event.end) + 1))
-                if event.kind == kind and span <= supervised:
-                    turns.judge(waited, name, not span & taken)
+    for turn in opened:
+        decision, kind, waited = DECISIONS[turn.place]
+        taken = _decisions(turn)
+        due = min((p for p, label in turn.labels.items() if label == 1), default=None)
+        names = [decision]
+        if turn.place == TURN_TAKING and due is not None:
+            doubtful = cut.custom.get("ambiguous", [])[turn.before :][:1] == [True]
+            names.append(f"{decision}, {'ambiguous' if doubtful else 'unambiguous'} turns")
+        for k in SCORED:
+            for what in names:
+                turns.mark(f"{what}, F1@{k}", name, min(taken, default=None), due, k)
+        for event in events:
+            span = set(range(position(event.start), position(event.end) + 1))
+            if event.kind == kind and span <= turn.labels.keys():
+                turns.judge(waited, name, not span & taken)

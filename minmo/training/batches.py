@@ -7,7 +7,7 @@ One method of `Builder` a kind of batch; `minmo/training/run.py` says which stag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minmo.config import MinMoConfig
+from minmo.config import TICK, MinMoConfig
 from minmo.data.dialogues import duplex_samples
 from minmo.data.draws import draws
-from minmo.data.duplex import UNSUPERVISED, listening_context
+from minmo.data.duplex import SOUND, UNSUPERVISED, Sample, begun_turns, listening_context
 from minmo.data.manifest import load_sound
-from minmo.data.schema import DataError, layout
+from minmo.data.schema import DataError, events_of, layout
 from minmo.state import Lengths
 from minmo.token2wav.mel import HOP, RATE, mel_spectrogram
-from minmo.tokenizer.frontend import Frontend
+from minmo.tokenizer.frontend import FRAMES, Frontend
 from minmo.tokenizer.text import TextTokenizer
 from minmo.training.augment import Augment
 from minmo.training.objectives.duplex import DuplexBatch
@@ -36,8 +36,8 @@ from minmo.training.recipe import FlowOptions
 
 CROP = 40
 """Mel frames of sound that the vocoder learns from at a time (0.8 s)."""
-MOST_TURNS = 16
-"""Open turns in a batch of dialogues: each is read in a context of its own. More are drawn from."""
+MOST_TURNS = 32
+"""Samples of open turns in a batch of dialogues: each is read in a context of its own. More are drawn from."""
 
 
 @dataclass
@@ -130,24 +130,58 @@ class Builder:
         seeds = torch.from_numpy(self.generator(cuts[0].id).integers(0, 2**62, len(cuts)))
         return SoundBatch(audio, f0, seeds)
 
-    def duplex(self, cuts: Sequence[Any]) -> DuplexBatch:
-        """Open user turns of dialogues, with what was heard and said before them.
+    def duplex(self, cuts: Sequence[Any], most: int = MOST_TURNS) -> DuplexBatch:
+        """Open user turns of dialogues, `most` samples of them, with what a session would have heard and said before.
 
         Raises ValueError where sound would be augmented: labels are times of the sound as it is.
         """
         if self.augment is not None:
             raise ValueError("the times of a dialogue's events do not bear augmentation: remove `augment`")
-        turns = [(n, sample) for n, cut in enumerate(cuts) for sample in duplex_samples(cut)]
-        if len(turns) > MOST_TURNS:
-            drawn = self.generator(f"{cuts[0].id} turns").choice(len(turns), MOST_TURNS, replace=False)
+        sounds = [load_sound(cut) for cut in cuts]
+        turns = [(n, sample) for n, cut in enumerate(cuts) for sample in self.open_turns(cut, sounds[n])]
+        if len(turns) > most:
+            drawn = self.generator(f"{cuts[0].id} turns").choice(len(turns), most, replace=False)
             turns = [turns[i] for i in sorted(drawn)]
-        contexts = [listening_context(self.tokenizer, sample.closed, sample.open) for _, sample in turns]
-        ids, lengths = padded([torch.tensor(line) for line, _ in contexts])
-        positions, _ = padded([torch.tensor(line) for _, line in contexts])
+        heard: dict[tuple[int, int], int] = {}
+        """Of each stream of the encoder, a dialogue and where it began: the position where nobody needs more of it."""
+        for n, sample in turns:
+            spans = [*(user for user, _ in sample.closed), sample.open]
+            for since, span in zip(sample.since, spans, strict=True):
+                heard[n, since] = max(heard.get((n, since), 0), span.stop)
+        streams = {key: place for place, key in enumerate(heard)}
+        contexts = [self._context(sample, n, streams) for n, sample in turns]
+        (ids, lengths), (positions, _), (stream, _) = (
+            padded([torch.tensor(line) for line in lines]) for lines in zip(*contexts, strict=True)
+        )
+        pieces = [torch.from_numpy(sounds[n][TICK * since : TICK * stop]) for (n, since), stop in heard.items()]
         turn_taking, opened = padded([torch.from_numpy(s.turn_taking) for _, s in turns], UNSUPERVISED)
         barge_in, _ = padded([torch.from_numpy(s.barge_in) for _, s in turns], UNSUPERVISED)
-        dialogue = torch.tensor([n for n, _ in turns])
-        return DuplexBatch(*self._mel(cuts), ids, positions, lengths, dialogue, opened, turn_taking, barge_in)
+        mel, frames = self.frontend(*padded(pieces))
+        return DuplexBatch(mel, frames, ids, positions, stream, lengths, opened, turn_taking, barge_in)
+
+    def open_turns(self, cut: Any, sound: np.ndarray) -> list[Sample]:
+        """The samples of a dialogue whose user's channel is `sound`, as far as this model remembers exchanges."""
+        mel, frames = self.frontend(*padded([torch.from_numpy(sound)]))
+        complete = len(sound) // TICK
+        bands = mel[0, : complete * FRAMES].unflatten(0, (complete, FRAMES)).mean(dim=1).numpy()
+        begun = begun_turns(bands, events_of(cut), len(sound))
+        most, found = self.config.remembered, []
+        for sample in duplex_samples(cut, begun):
+            # The one whose reply is running counts among those that are remembered only where there are any.
+            kept = most + sample.replying if most else 0
+            gone = max(0, len(sample.closed) - kept)
+            found.append(replace(sample, closed=sample.closed[gone:], since=sample.since[gone:]))
+        return found
+
+    def _context(
+        self, sample: Sample, dialogue: int, streams: dict[tuple[int, int], int]
+    ) -> tuple[list[int], list[int], list[int]]:
+        """What the LLM has read -> ids; and where there is sound, its position in its stream, and that one's place."""
+        ids, positions = listening_context(self.tokenizer, sample.closed, sample.open)
+        spans = [*(user for user, _ in sample.closed), sample.open]
+        since = {p: begun for begun, span in zip(sample.since, spans, strict=True) for p in span}
+        places = [0 if p == SOUND else streams[dialogue, since[p]] for p in positions]
+        return ids, [p if p == SOUND else p - since[p] for p in positions], places
 
     def _chunk(self, cuts: Sequence[Any]) -> int | None:
         return int(self.generator(f"{cuts[0].id} chunk").choice(self.chunks)) if self.chunks else None

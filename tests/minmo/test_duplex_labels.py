@@ -18,13 +18,16 @@ from minmo.data.duplex import (
     SOUND,
     UNSUPERVISED,
     USER_TURNS,
+    Begun,
     Event,
+    begun_turns,
     f1_at_k,
     listening_context,
     position,
     samples,
     turn_delay,
 )
+from minmo.tokenizer.onset import MARGIN
 from minmo.tokenizer.text import TextTokenizer
 
 NANO = Path(minmo.__file__).parent / "assets" / "nano" / "tokenizer.json"
@@ -126,7 +129,8 @@ def test_positives_lie_in_their_spans(dialogue, name):
         assert complete.max(initial=0) <= length
         turn = len(sample.closed)
         user = users[turn] if turn < len(users) else None
-        speaking = turn > 0 and not sample.closed[-1][1]
+        speaking = sample.replying
+        assert turn == sample.turn and speaking == (turn > 0 and not sample.closed[-1][1])
         due, other = (sample.barge_in, sample.turn_taking) if speaking else (sample.turn_taking, sample.barge_in)
         assert (other == UNSUPERVISED).all() and set(due.tolist()) <= {UNSUPERVISED, 0, 1}
         positive = due == 1
@@ -141,6 +145,56 @@ def test_positives_lie_in_their_spans(dialogue, name):
             assert positive[(complete > user.end) & (due >= 0)].all()
         heard = [*(r for r, _ in sample.closed), sample.open]
         assert [r.start for r in heard] == [0, *(r.stop for r in heard[:-1])]  # nothing is lost or heard twice
+
+
+def decisions(got):
+    """By decision, its turn and LLM position, the labels that were given."""
+    found = {}
+    for s in got:
+        for p, a, b in zip(s.open, s.turn_taking.tolist(), s.barge_in.tolist(), strict=True):
+            if max(a, b) != UNSUPERVISED:
+                found.setdefault((s.replying, s.turn, p), []).append((a, b))
+    return found
+
+
+@settings(max_examples=300)
+@given(dialogues(), st.data())
+def test_turns_that_are_begun_anew_are_decided_as_if_they_were_not(dialogue, data):
+    """Every decision is made once, with the same label, in what the open turn was by then: since it was begun last,
+    after the turn before."""
+    events, length = dialogue
+    whole = samples("a", events, length)
+    noticed = sorted(data.draw(st.sets(st.integers(0, length // TICK), max_size=6)))
+    begun, least = [], 0
+    for at in noticed:
+        opened = max((s.open.start for s in whole if s.open.start <= at), default=0)
+        begun.append(Begun(at, least := data.draw(st.integers(max(least, opened), max(least, at)))))
+    got = samples("a", events, length, begun)
+    assert decisions(got) == decisions(whole) and all(len(labels) == 1 for labels in decisions(got).values())
+    for sample in got:
+        labels = np.maximum(sample.turn_taking, sample.barge_in)
+        supervised = [p for p, label in zip(sample.open, labels, strict=True) if label >= 0]
+        last = max((b for b in begun if b.at < supervised[0]), key=lambda b: b.at, default=Begun(-1, 0))
+        opened = next(s.open.start for s in whole if s.turn == sample.turn)
+        assert sample.open.start == max(opened, last.start) and sample.since[-1] == last.start
+        assert not any(last.at < b.at < supervised[-1] for b in begun), "what is begun anew is another sample"
+        before = next(s.closed for s in whole if (s.turn, s.replying) == (sample.turn, sample.replying))
+        for (user, _), (full, _), since in zip(sample.closed, before, sample.since, strict=False):
+            assert user.stop == full.stop and full.start <= user.start and since <= user.start
+
+
+def test_a_session_begins_turns_with_their_voices():
+    """Quiet, a voice, a reply with a murmur, which is no part of the next turn, and the next turn after it."""
+    events = [ticks("user", 10, 20), ticks("assistant", 30, 60), ticks("backchannel", 35, 38), ticks("user", 70, 80)]
+    bands = np.zeros((90, 80), np.float32)
+    for begin, end in ((10, 20), (35, 38), (70, 80)):
+        bands[begin:end] = 2 * MARGIN
+    assert begun_turns(bands, events, 90 * TICK) == [Begun(11, 10 - 4), Begun(36, 35 - 4), Begun(71, 70 - 4)]
+    echo = bands.copy()
+    echo[30:60] = 3 * MARGIN
+    assert begun_turns(echo, events, 90 * TICK) == [Begun(11, 6), Begun(31, 26), Begun(71, 66)], "an echo is forgotten"
+    echo[60:70] = 3 * MARGIN
+    assert [b.at for b in begun_turns(echo, events, 90 * TICK)] == [11, 31, 62], "unless it goes on"
 
 
 @settings(max_examples=300)

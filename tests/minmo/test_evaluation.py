@@ -13,14 +13,14 @@ import torch
 
 import minmo
 from minmo.data import duplex
-from minmo.data.duplex import Event
+from minmo.data.duplex import Begun, Event
 from minmo.data.nano.sentences import language_of, results_right
 from minmo.evaluation import measures
 from minmo.evaluation.compare import Change
 from minmo.evaluation.judges import JudgeError, Moonshine, PocketSphinx
 from minmo.evaluation.scores import OTHER, confusion, difference, estimate, quotient, ratio, right_rate, word_errors
 from minmo.evaluation.speech import Ears, measured, pitch, wanted
-from minmo.evaluation.turns import Turns, _count
+from minmo.evaluation.turns import Turns, _count, _whole
 from minmo.evaluation.words import holds, label_in, normalised, same, spoken
 from minmo.modules.duplex import BARGE_IN, TURN_TAKING
 
@@ -285,8 +285,10 @@ def test_the_voice_and_its_quality_where_their_judges_are_installed():
     assert made["likeness"] > 0.6  # one speaker, on two recordings
 
 
-def test_turns_are_counted_by_hand():
-    """A turn of two seconds with a pause, an answer with a back-channel, a barge-in, an answer; positions of 80 ms."""
+@pytest.mark.parametrize("begun", [(), (Begun(1, 0), Begun(41, 37), Begun(61, 57))])
+def test_turns_are_counted_by_hand(begun):
+    """A turn of two seconds with a pause, an answer with a back-channel, a barge-in, an answer; positions of 80 ms. What
+    is counted is an open turn, also where it was begun anew: inside the back-channel, and one after the barge-in's."""
     tick = 1280
     events = [
         Event("user", 0, 25 * tick, "twenty one"),
@@ -297,29 +299,30 @@ def test_turns_are_counted_by_hand():
         Event("assistant", 90 * tick, 100 * tick, "two"),
     ]
     events = sorted(events, key=lambda e: e.start)
-    kept = duplex.samples("d", events, 100 * tick)
+    kept = duplex.samples("d", events, 100 * tick, begun)
     custom = {"task": "duplex", "events": [dataclasses.asdict(e) for e in events], "ambiguous": [True, False]}
     cut = SimpleNamespace(recording=SimpleNamespace(id="d"), custom=custom)
-    turns = Turns()
-    yes = torch.zeros(len(kept), 100, 2)
-    for n, sample in enumerate(kept):
-        for place, labels in ((TURN_TAKING, sample.turn_taking), (BARGE_IN, sample.barge_in)):
-            if (labels == 1).any():
-                due = int(np.flatnonzero(labels == 1)[0])
-                due += 2 if place == TURN_TAKING else 0  # late, and at once
-                yes[n, due : due + 2, place] = 0.9  # for two positions, as a session wants of some decisions
-    _count(turns, cut, kept, yes)
+
+    def counted(marks):
+        """marks: by decision, the positions at which the predictor is sure."""
+        yes, turns = torch.zeros(len(kept), 100, 2), Turns()
+        for n, sample in enumerate(kept):
+            for place, positions in marks.items():
+                for p in positions & set(sample.open):
+                    yes[n, p - sample.open.start, place] = 0.9
+        _count(turns, cut, _whole(kept, yes))
+        return turns
+
+    # Two positions each, as a session wants of some decisions: late, and at once.
+    marks = {TURN_TAKING: {27, 28, 82, 83}, BARGE_IN: {60, 61}}
+    turns = counted(marks)
     scores = turns.scores(0)
     assert scores["end of turn, F1@1"].value == 0 and scores["end of turn, F1@5"].value == 1
     assert scores["end of turn, ambiguous turns, F1@5"].of == 2, "one decision and one event"
     assert scores["end of turn, unambiguous turns, F1@1"].value == 0
     assert scores["barge-in, F1@1"].value == 1
     assert scores["pauses of a turn waited through"].value == 1 and scores["back-channels let pass"].value == 1
-    first, listening = kept[0], next(s for s in kept if (s.barge_in == 1).any())
-    yes[0, 12 - first.open.start : 14 - first.open.start, TURN_TAKING] = 0.9  # in the pause
-    murmur = 40 - listening.open.start
-    yes[kept.index(listening), murmur : murmur + 2, BARGE_IN] = 0.9  # at the back-channel
-    _count(turns := Turns(), cut, kept, yes)
+    turns = counted({TURN_TAKING: marks[TURN_TAKING] | {12, 13}, BARGE_IN: marks[BARGE_IN] | {40, 41}})
     scores = turns.scores(0)
     assert scores["pauses of a turn waited through"].value == 0 and scores["back-channels let pass"].value == 0
     assert scores["end of turn, ambiguous turns, F1@5"].value == 0 and scores["barge-in, F1@5"].value == 0

@@ -12,8 +12,8 @@ from minmo import weights
 from minmo.config import TICK
 from minmo.conversation import Conversation, Settings, TurnTaking, steps
 from minmo.conversation.events import Interrupted, TurnTaken
-from minmo.conversation.onset import MARGIN, Onset
 from minmo.conversation.turn_taking import Phase
+from minmo.tokenizer.onset import MARGIN, Onset
 
 GREEDY = Settings(temperature=0.0, max_text_tokens=6, max_speech_ratio=8)
 """Replies of two seconds at most."""
@@ -100,7 +100,7 @@ def test_a_turn_is_heard_again_as_it_was_though_the_callers_array_is_used_again(
 
 
 def test_a_turn_that_cuts_a_reply_keeps_its_first_words(model, decide):
-    """While the reply runs nothing of the user's sound is dropped; afterwards the turn begins with its voice."""
+    """The reply's cut drops nothing of the turn that brought it about."""
     decide(take=[12], stop=[20])
     conversation = Conversation(model, GREEDY, AT_ONCE, max_positions=600)
     ticks = sound((5, QUIET), (6, LOUD), (5, QUIET), (9, LOUD))
@@ -108,6 +108,19 @@ def test_a_turn_that_cuts_a_reply_keeps_its_first_words(model, decide):
     assert [type(e) for e in events if isinstance(e, (TurnTaken, Interrupted))] == [TurnTaken, Interrupted]
     kept = len(conversation.history.open)
     assert kept == 9 + 4 - 1, "what lay between the first turn's end and the cut would be one tick more"
+    torch.testing.assert_close(turn(conversation), heard_alone(model, ticks[-kept:]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_voice_in_a_reply_is_heard_like_a_first_one_at_once(model, decide):
+    """So that what an interruption says is understood while the reply still runs."""
+    decide(take=[12])
+    conversation = Conversation(model, GREEDY, AT_ONCE, max_positions=600)
+    ticks = sound((5, QUIET), (6, LOUD), (12, QUIET), (5, LOUD))
+    events = run(conversation, ticks)
+    assert [type(e) for e in events if isinstance(e, (TurnTaken, Interrupted))] == [TurnTaken]
+    assert conversation.phase is Phase.SPEAKING
+    kept = len(conversation.history.open)
+    assert kept == 5 + 4, "300 ms before the voice are kept"
     torch.testing.assert_close(turn(conversation), heard_alone(model, ticks[-kept:]), rtol=1e-4, atol=1e-4)
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from minmo.config import TICK
 from minmo.conversation.client import Player
 from minmo.conversation.history import heard_tokens
-from minmo.conversation.onset import MARGIN, QUIET, RISE, Onset
 from minmo.conversation.playback import Playback
+from minmo.tokenizer.onset import MARGIN, QUIET, RISE, Onset
 
 
 def numbers(start, stop):

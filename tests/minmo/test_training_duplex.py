@@ -17,12 +17,11 @@ from lhotse import CutSet, Recording
 
 import minmo
 from minmo.config import SAMPLE_RATE, TICK
+from minmo.conversation import steps
 from minmo.conversation.conversation import Conversation
-from minmo.conversation.history import Exchange, History
-from minmo.conversation.session import Session
-from minmo.conversation.turn_taking import TurnTaking
+from minmo.conversation.turn_taking import Phase, TurnTaking
 from minmo.data import duplex
-from minmo.data.dialogues import dialogue_cut, duplex_samples
+from minmo.data.dialogues import dialogue_cut
 from minmo.data.duplex import UNSUPERVISED, Event, position
 from minmo.data.manifest import read_manifest, validate
 from minmo.data.nano.build import BACKCHANNELS, plan
@@ -55,14 +54,14 @@ LENGTH = 52 * TICK + 700
 """Samples; the last position never becomes complete."""
 
 
-def dialogue(name="one", seed=0):
+def dialogue(name="one", seed=0, events=EVENTS):
     """Loud noise where the user speaks, faint noise elsewhere."""
     rng = np.random.default_rng(seed)
     user = 0.01 * rng.standard_normal(LENGTH)
-    for event in EVENTS:
+    for event in events:
         if event.kind != "assistant":
             user[event.start : event.end] += 0.2 * rng.standard_normal(event.end - event.start)
-    return Dialogue(name, user.astype(np.float32), np.zeros(LENGTH, np.float32), EVENTS, None, None)
+    return Dialogue(name, user.astype(np.float32), np.zeros(LENGTH, np.float32), events, None, None)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +72,6 @@ def no_drawn_delay(request, monkeypatch):
 @pytest.fixture(scope="module")
 def model():
     model = minmo.load("nano", device="cpu").float()
-    model.config = dataclasses.replace(model.config, remembered=100)
     model.requires_grad_(False)
     model.duplex.requires_grad_(True)
     return model
@@ -84,49 +82,52 @@ def builder(model):
     return Builder(model.config, model.tokenizer)
 
 
+@pytest.fixture
+def remembering(model):
+    """A builder for a model that remembers exchanges."""
+    return Builder(dataclasses.replace(model.config, remembered=100), model.tokenizer)
+
+
 def runs(labels):
     return [(label, len(list(group))) for label, group in itertools.groupby(labels.tolist())]
 
 
-def test_masks_and_contexts_of_a_dialogue_by_hand(builder):
-    """Five open turns in the order of the dialogue, each read under what a session has read by then."""
-    batch = builder.duplex([dialogue_cut(dialogue())])
-    # The user's first end; a barge-in under a reply that is still spoken; its end; the user does not speak again.
-    assert [(runs(t[:n]), runs(b[:n])) for t, b, n in zip(
-        batch.turn_taking, batch.barge_in, batch.open_lengths.tolist(), strict=True
-    )] == [
-        ([(0, 6), (1, 8)], [(NO, 14)]),
-        ([(NO, 23)], [(0, 15), (1, 8)]),
-        ([(NO, 17), (0, 6), (1, 8)], [(NO, 31)]),
-        ([(NO, 13)], [(0, 13)]),
-        ([(NO, 13), (0, 8)], [(NO, 21)]),
-    ]  # fmt: skip
-    for labels in (batch.turn_taking, batch.barge_in):
-        assert all((row[n:] == NO).all() for row, n in zip(labels, batch.open_lengths.tolist(), strict=True))
-    assert DuplexObjective.counts(None, batch) == {"turn_taking": 14 + 14 + 8, "barge_in": 23 + 13}
-
-    tokenizer = builder.tokenizer
+def test_a_batch_by_hand(remembering):
+    """The contexts in the order of the dialogue, and the streams of sound in them: one from its beginning, in which the
+    first turn is noticed, and one from four positions before the next voice."""
+    batch = remembering.duplex([dialogue_cut(dialogue())])
+    tokenizer = remembering.tokenizer
     begin, between = tokenizer.turn("")[0], [*tokenizer.turn("")[1], *tokenizer.turn("", first=False)[0]]
-    first, second = list(range(7)), list(range(7, 31))
     middle = [*tokenizer.turn("")[1], *tokenizer.encode("it is four"), *tokenizer.turn("", first=False)[0]]
     last = [*tokenizer.turn("")[1], *tokenizer.encode("hello"), *tokenizer.turn("", first=False)[0]]
-
-    def silent(ids):
-        return [-1] * len(ids)
-
-    for n, (ids, positions) in enumerate([
-        (begin, [*silent(begin), *range(14)]),
-        ([*begin, *between], [*silent(begin), *first, *silent(between), *range(7, 30)]),
-        ([*begin, *middle], [*silent(begin), *first, *silent(middle), *range(7, 38)]),
-        (
-            [*begin, *middle, *between],
-            [*silent(begin), *first, *silent(middle), *second, *silent(between), *range(31, 44)],
-        ),
-        ([*begin, *middle, *last], [*silent(begin), *first, *silent(middle), *second, *silent(last), *range(31, 52)]),
+    first, second = [(0, p) for p in range(7)], [(1, p - 14) for p in range(14, 31)]
+    assert batch.mel_lengths.tolist() == [8 * 20, 8 * (52 - 14)]
+    for n, (before, opened, turn_taking, barge_in) in enumerate([
+        ([begin], [(0, p) for p in range(4)], [(0, 4)], [(NO, 4)]),
+        ([begin], [(0, p) for p in range(14)], [(NO, 4), (0, 2), (1, 8)], [(NO, 14)]),
+        # Under the running reply: what precedes the murmur, then it and the turn that begins before it is over.
+        ([begin, first, between], [(0, p) for p in range(7, 20)], [(NO, 13)], [(0, 13)]),
+        ([begin, first, between], [(1, p - 14) for p in range(14, 30)], [(NO, 16)], [(NO, 6), (0, 2), (1, 8)]),
+        ([begin, first, middle], [(1, p - 14) for p in range(14, 38)], [(NO, 10), (0, 6), (1, 8)], [(NO, 24)]),
+        ([begin, first, middle, second, between], [(1, p - 14) for p in range(31, 44)], [(NO, 13)], [(0, 13)]),
+        ([begin, first, middle, second, last], [(1, p - 14) for p in range(31, 52)], [(NO, 13), (0, 8)], [(NO, 21)]),
     ]):  # fmt: skip
-        length = int(batch.lengths[n])
-        assert batch.positions[n, :length].tolist() == positions
-        assert [i for i, p in zip(batch.ids[n].tolist(), positions, strict=False) if p < 0] == ids
+        read = [entry for part in [*before, opened] for entry in part]
+        sound = [entry if isinstance(entry, tuple) else (0, -1) for entry in read]
+        length, m = int(batch.lengths[n]), int(batch.open_lengths[n])
+        found = zip(batch.stream[n, :length].tolist(), batch.positions[n, :length].tolist(), strict=True)
+        assert list(found) == sound, n
+        assert batch.ids[n, :length].tolist() == [-1 if isinstance(entry, tuple) else entry for entry in read], n
+        assert (runs(batch.turn_taking[n, :m]), runs(batch.barge_in[n, :m])) == (turn_taking, barge_in), n
+        assert (batch.turn_taking[n, m:] == NO).all() and (batch.barge_in[n, m:] == NO).all()
+    assert len(batch.lengths) == 7
+
+
+def test_what_a_model_does_not_remember_precedes_no_turn(builder):
+    batch = builder.duplex([dialogue_cut(dialogue())])
+    begin = builder.tokenizer.turn("")[0]
+    assert batch.lengths.tolist() == [len(begin) + m for m in batch.open_lengths.tolist()]
+    assert all(row[: len(begin)].tolist() == begin for row in batch.ids)
 
 
 @torch.no_grad()
@@ -140,86 +141,52 @@ def test_the_losses_are_sums_over_supervised_positions(model, builder):
         assert float(losses[name]) == pytest.approx(total, rel=1e-4)
 
 
-def session_hears(model, ids, positions, channel, opened):
-    """Hidden states of the last `opened` positions and their decisions, of a session that reads and hears in order."""
-    hidden, decisions = [], []
-    quiet = minmo.Settings(speak=False, max_text_tokens=1, max_speech_ratio=3)
-    with Session(model, 1, quiet, len(ids) + 1) as session:
-        at = 0
-        for is_sound, group in itertools.groupby(positions, key=lambda p: p >= 0):
-            heard = list(group)
-            if not is_sound:
-                session.read([ids[at : at + len(heard)]])
-            elif at + len(heard) < len(ids):  # a closed turn, all at once; its sound is no end of the stream
-                sound = channel[heard[0] * TICK : (heard[-1] + 1) * TICK]
-                session.hear(torch.from_numpy(sound)[None], torch.tensor([len(sound)], dtype=torch.int32), FLOWS)
-            else:
-                assert len(heard) == opened
-                session._query.clear()
-                session._state.duplex.reset(session.rows)  # the predictor begins anew with the open turn
-                for start, stop in itertools.pairwise([heard[0], heard[0] + 1, heard[0] + 6, heard[-1] + 1]):
-                    sound = torch.from_numpy(channel[start * TICK : stop * TICK])[None]
-                    decisions.append(session.hear(sound, torch.tensor([sound.shape[1]], dtype=torch.int32), FLOWS))
-                hidden = [x[:, :n] for x, _, counts in session._query for n in counts.tolist()]
-            at += len(heard)
-    return torch.cat(hidden, dim=1)[0], torch.cat(decisions, dim=1)[0]
+UNTOLD = tuple(dataclasses.replace(event, text="") for event in EVENTS)
 
 
-FLOWS = torch.tensor([False])
+@pytest.mark.parametrize("remembered", [0, 100])
+def test_training_decides_what_a_conversation_decides(model, monkeypatch, remembered):
+    """A conversation hears the channel tick by tick, takes turns where the dialogue does and is cut where that cuts it;
+    its predictor's decisions at every tick are those that training computes."""
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, remembered=remembered))
+    cut = dialogue_cut(dialogue("one", 1, UNTOLD))
+    channel, decide, live = cut.load_audio()[0].astype(np.float32), steps.decide, []
+    take, stop = (
+        {position(e.end) for e in EVENTS if e.kind in kinds} for kinds in (("user", "barge_in"), ("assistant",))
+    )
 
+    def scripted(*given):
+        live.append(decide(*given)[0, 0].tolist())
+        return torch.tensor([[[float(len(live) - 1 in take), float(len(live) - 1 in stop)]]])
 
-def test_training_reads_what_a_session_has_read(model, builder):
-    """Hidden states and decisions of open turns, in a batch of two dialogues, equal those of a session that hears the
-    same channel in pieces and reads the same text between."""
-    cuts = [dialogue_cut(dialogue("one", 1)), dialogue_cut(dialogue("two", 2))]
-    channels = [cut.load_audio()[0].astype(np.float32) for cut in cuts]
-    objective, batch = DuplexObjective(model).eval(), builder.duplex(cuts)
-    with torch.no_grad():
-        states, logits = objective.hidden(batch), objective.logits(batch)
-    assert len(batch.lengths) == 10 and batch.dialogue.tolist() == [0] * 5 + [1] * 5
-    for n in (0, 6, 7, 9):  # the first, under a reply, after it, after two
-        length, opened = int(batch.lengths[n]), int(batch.open_lengths[n])
-        ids, positions = batch.ids[n, :length].tolist(), batch.positions[n, :length].tolist()
-        hidden, decisions = session_hears(model, ids, positions, channels[batch.dialogue[n]], opened)
-        torch.testing.assert_close(states[n, :opened], hidden, rtol=0, atol=1e-4)
-        torch.testing.assert_close(logits[n, :opened].softmax(-1)[..., 1], decisions, rtol=0, atol=1e-4)
-    # The contexts tell: the same sound after a reply that was heard has other states than while it is spoken.
-    assert (states[1, :20] - states[2, :20]).abs().max() > 1e-2
-
-
-def test_training_reads_what_a_conversation_reads_again(model, builder):
-    """A conversation hears the channel in ticks; one that goes on after the same exchanges, with the same sound as its
-    open turn, has the hidden states that the predictor learns from."""
-    cut = dialogue_cut(dialogue("one", 1))
-    channel = cut.load_audio()[0].astype(np.float32)
-    quiet = minmo.Settings(speak=False, max_text_tokens=1, max_speech_ratio=3)
-    hearing = Conversation(model, quiet, TurnTaking(answer=1.0), max_positions=1000)
-    heard = []
+    monkeypatch.setattr(steps, "decide", scripted)
+    settings = minmo.Settings(max_text_tokens=1, max_speech_ratio=3)
+    conversation = Conversation(model, settings, TurnTaking(0.5, 1, 0.5, 1), max_positions=1000)
+    replying = []
     for samples in channel[: len(channel) // TICK * TICK].reshape(-1, TICK):
-        hearing.tick(samples)
-        heard.append(hearing.history.open[-1])
-    batch = builder.duplex([cut])
+        replying.append(conversation.phase is not Phase.LISTENING)
+        conversation.tick(samples)
+        while conversation.next_step == "read":  # nothing of the reply is written
+            conversation.step()
+    conversation.close()
+    builder, objective = Builder(model.config, model.tokenizer), DuplexObjective(model).eval()
     with torch.no_grad():
-        states = DuplexObjective(model).eval().hidden(batch)
-    for n, sample in enumerate(duplex_samples(cut)):
-        history = History()
-        history.exchanges = [
-            Exchange(torch.cat([heard[p] for p in user]), builder.tokenizer.encode(text))
-            for user, text in sample.closed
-        ]
-        history.open = [heard[p] for p in sample.open]
-        going_on = Conversation(model, quiet, max_positions=1000, history=history)
-        while going_on.next_step:
-            going_on.step()
-        torch.testing.assert_close(
-            states[n, : len(sample.open)], torch.cat(going_on._branches.hidden), rtol=0, atol=1e-4, msg=f"sample {n}"
-        )
+        probabilities = objective.logits(batch := builder.duplex([cut])).softmax(-1)[..., 1]
+    samples = builder.open_turns(cut, channel)
+    compared = {True: 0, False: 0}
+    decided = torch.maximum(batch.turn_taking, batch.barge_in).tolist()
+    for sample, row, labels in zip(samples, probabilities.tolist(), decided, strict=True):
+        for p, ours, label in zip(sample.open, row, labels, strict=False):
+            if label != UNSUPERVISED and sample.replying == replying[p]:
+                compared[sample.replying] += 1
+                assert ours == pytest.approx(live[p], abs=1e-4), (sample, p)
+    assert compared[True] >= 30 and compared[False] >= 20
 
 
 def test_a_batch_is_bounded_and_its_turns_are_drawn(builder):
     cuts = [dialogue_cut(dialogue(f"d{n}", n)) for n in range(5)]
     first, again = builder.duplex(cuts), builder.duplex(cuts)
-    assert len(first.lengths) == MOST_TURNS < 25 and torch.equal(first.dialogue, again.dialogue)
+    assert len(first.lengths) == MOST_TURNS < 35 and torch.equal(first.stream, again.stream)
     assert torch.equal(first.turn_taking, again.turn_taking)
     builder.epoch = 1
     other = builder.duplex(cuts)
@@ -252,13 +219,13 @@ def test_one_batch_is_learned_by_heart(builder, monkeypatch):
 
 
 def test_scores_count_first_decisions(model, builder, monkeypatch):
-    """Of three turns with an event and two without: a hit, one three positions late, one missed, one false alarm."""
+    """Of three samples with an event and four without: a hit, one three positions late, one missed, one false alarm."""
     objective, batch = DuplexObjective(model), builder.duplex([dialogue_cut(dialogue())])
     logits = torch.zeros(*batch.turn_taking.shape, 2, 2)
     logits[..., 0] = 1.0
-    for turn, at in ((0, 6), (2, 26), (4, 15)):  # due: 6, 23, none
+    for turn, at in ((1, 6), (4, 19), (6, 15)):  # due: 6, 16, none
         logits[turn, at:, 0, 1] = 2.0
-    logits[1, 3, 0, 1] = 2.0  # not supervised: no decision
+    logits[3, 3, 0, 1] = 2.0  # not supervised: no decision
     monkeypatch.setattr(objective, "logits", lambda batch: logits)
     found = objective.tally(batch)
     assert tuple(found) == objective.tallied

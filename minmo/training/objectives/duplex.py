@@ -1,8 +1,8 @@
 """Two cross entropies of the full-duplex predictor: answer now, and stop speaking (arXiv 2501.06282, section 3.4).
 
-The LLM reads what a session has read when the position is decided (`minmo.data.duplex.listening_context`): the
-exchanges before the open turn, the user's sound in them, then the open turn. The predictor begins anew with each open
-turn and sees its positions alone.
+The LLM reads what a session has read when the position is decided (`minmo.data.duplex`): the exchanges before the open
+turn that the model remembers, the user's sound in them, then the open turn. The predictor begins anew with each open
+turn and sees its positions alone; so does the encoder, with the turn's first voice.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ SCORED = (1, 5)
 class DuplexBatch:
     """Open user turns ("samples") of a few dialogues.
 
-    mel (dialogues, frames, n_mels) with lengths: the user's channel from the dialogue's beginning. ids, positions
-    (samples, n) int64 with lengths: the listening contexts, whose last `open_lengths` entries are the open turns; where
-    positions is not negative, that LLM position of sound stands. dialogue (samples,) int64: whose sound. turn_taking,
-    barge_in (samples, m) int64: labels 0 and 1 of the open turns, -100 where there is none.
+    mel (streams, frames, n_mels) with lengths: the user's channel from where the encoder began to hear it. ids,
+    positions, stream (samples, n) int64 with lengths: the listening contexts, whose last `open_lengths` entries are the
+    open turns; where positions is not negative, that LLM position of that stream's sound stands. turn_taking, barge_in
+    (samples, m) int64: labels 0 and 1 of the open turns, -100 where there is none.
     """
 
     mel: Tensor
     mel_lengths: Lengths
     ids: Tensor
     positions: Tensor
+    stream: Tensor
     lengths: Lengths
-    dialogue: Tensor
     open_lengths: Lengths
     turn_taking: Tensor
     barge_in: Tensor
@@ -79,21 +79,20 @@ class DuplexObjective(ModelObjective):
     def hidden(self, batch: DuplexBatch) -> Tensor:
         """The LLM's hidden states of the open turns, (samples, m, dim); what gives them is frozen.
 
-        A dialogue's sound runs through encoder and projector once, in its running stream, and every sample takes the
-        same projector outputs: as a session keeps them when it reads a turn again, so the encoder's left context is
-        what preceded in the user's channel, whatever the LLM's context says.
+        Streams run through encoder and projector once, and samples share what these gave: as a session keeps it and
+        reads it again.
         """
         model = self.model
         heard, _ = model.projector(*model.encoder(batch.mel, batch.mel_lengths))
-        sound = heard[batch.dialogue[:, None], batch.positions.clamp(min=0)]
+        sound = heard[batch.stream, batch.positions.clamp(min=0)]
         x = torch.where((batch.positions >= 0)[..., None], sound, model.llm.embed(batch.ids.clamp(min=0)))
         size = batch.turn_taking.shape[1]
         hidden = F.pad(model.llm(x, batch.lengths), (0, 0, 0, size))
         return take(hidden, batch.lengths - batch.open_lengths, size)
 
     def tally(self, batch: DuplexBatch) -> dict[str, float]:
-        """Hits, decisions and events of F1@K: an open turn's decision is its first supervised position past THRESHOLD,
-        its event the first positive one."""
+        """Hits, decisions and events of F1@K: a sample's decision is its first supervised position past THRESHOLD, its
+        event the first positive one."""
         logits = self.logits(batch).float()
         found: dict[str, float] = {}
         for name, (place, labels) in batch.labels().items():
