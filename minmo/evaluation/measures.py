@@ -236,13 +236,15 @@ def _bleu(bleu: Any, target: str, record: Record) -> Sequence[float] | None:
     if record["target"] != target:
         return None
     found = bleu.corpus_score([record["answer"]], [[record["reference"]]])
-    return *found.counts, *found.totals, found.sys_len, found.ref_len
+    return *found.counts, *found.totals, max(0, found.ref_len - 3), found.sys_len, found.ref_len
 
 
 def _corpus_bleu(sums: np.ndarray) -> np.ndarray:
+    """NaN where no reference has four words: BLEU counts runs of four, and of the best answer it would be 0."""
     compute = needed("sacrebleu.metrics").BLEU.compute_bleu
     rows = sums.round().astype(int).tolist()
-    return np.asarray([compute(row[:4], row[4:8], row[8], row[9], smooth_method="exp").score for row in rows])
+    scores = [compute(row[:4], row[4:8], row[9], row[10], smooth_method="exp").score for row in rows]
+    return np.asarray([score if row[8] else np.nan for row, score in zip(rows, scores, strict=True)])
 
 
 def _confused(labels: list[str], record: Record) -> Sequence[float]:

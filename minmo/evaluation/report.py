@@ -13,8 +13,8 @@ from minmo.evaluation.scores import Score
 from minmo.evaluation.tasks import EVALUATIONS, TAUGHT
 from minmo.fast.profile import figures
 
-TALLEST = 60
-"""Scores that a picture shows."""
+TALLEST = 150
+"""Scores that a picture shows, at most; its title says where there are more."""
 CANNOT = """
 These came without a unit, a protocol or a source. What can be said of them:
 
@@ -121,7 +121,8 @@ def _paper(task: str, results: Results) -> Iterator[str]:
 
 def draw(results: Results, path: Path) -> None:
     """A mark and an interval for every share, task by task."""
-    rows = [row for row in results.rows if row.unit == "" and row.score.value is not None][:TALLEST]
+    shares = [row for row in results.rows if row.unit == "" and row.score.value is not None]
+    rows, more = shares[:TALLEST], f"; the first {TALLEST} of {len(shares)}" * (len(shares) > TALLEST)
     figure = figures().Figure(figsize=(10, 1.5 + 0.22 * len(rows)), layout="constrained")
     axes = figure.subplots()
     tasks = list(dict.fromkeys(row.task for row in rows))
@@ -136,7 +137,7 @@ def draw(results: Results, path: Path) -> None:
     axes.set_xlim(left=0)
     axes.grid(axis="x", alpha=0.3)
     untrained = "" if results.about["trained"] else ", UNTRAINED"
-    title = f"{results.about['model']}{untrained}: measured, 95 % intervals (^ more is better, v less is)"
+    title = f"{results.about['model']}{untrained}: measured, 95 % intervals (^ more is better, v less is{more})"
     axes.set_title(title, parse_math=False)
     figure.savefig(path, dpi=130)
 

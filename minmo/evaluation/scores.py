@@ -70,16 +70,25 @@ def estimate(
     """value(sums of the entries) with a percentile bootstrap over utterances.
 
     entries (n, k): what each adds to k sums, of which the last is what it counts for (words, answers): utterances for
-    which that is nothing do not count. value: of sums to a score, such as BLEU of n-gram counts.
+    which that is nothing do not count. value: of sums to a score, such as BLEU of n-gram counts; where it gives NaN
+    there is no score.
     """
     sums = _by_utterance(entries, utterances)
     sums = sums[sums[:, -1] > 0]
     if not len(sums):
         return Score(None, None, None, 0, 0)
+    return _interval(sums, value, seed)
+
+
+def _interval(sums: np.ndarray, value: Value, seed: int) -> Score:
+    """sums (n, k), of utterances."""
     total = sums.sum(axis=0)
+    given = float(value(total[None])[0])
+    if not np.isfinite(given):
+        return Score(None, None, None, len(sums), round(total[-1]))
     found = value(_resampled(sums, seed))
     low, high = (float(x) for x in np.percentile(found[np.isfinite(found)], [2.5, 97.5]))
-    return Score(float(value(total[None])[0]), low, high, len(sums), round(total[-1]))
+    return Score(given, low, high, len(sums), round(total[-1]))
 
 
 def difference(
@@ -101,10 +110,7 @@ def difference(
     def apart(sums: np.ndarray) -> np.ndarray:
         return value(sums[:, width:]) - value(sums[:, :width])
 
-    found = apart(_resampled(both, seed))
-    low, high = (float(x) for x in np.percentile(found[np.isfinite(found)], [2.5, 97.5]))
-    total = both.sum(axis=0)
-    return Score(float(apart(total[None])[0]), low, high, len(both), round(total[-1]))
+    return _interval(both, apart, seed)
 
 
 def _by_utterance(entries: np.ndarray, utterances: Sequence[Hashable] | None) -> np.ndarray:

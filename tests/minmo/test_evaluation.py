@@ -182,6 +182,17 @@ def test_bleu_is_sacrebleus_and_is_resampled():
     assert "tok:zh" in next(iter(found(measures.translated, [record("你好", "你好", target="zh")])))[0]
 
 
+def test_bleu_of_references_without_four_words_is_no_score():
+    """sacrebleu says 0 of the best answer."""
+    few = [{**record("six by two", "six by two", "de", target="en"), "utterance": n} for n in range(3)]
+    (_, score), *_ = found(measures.translated, few).items()
+    assert score.value is None and score.n == 3
+    assert sacrebleu.corpus_bleu(["six by two"], [["six by two"]]).score == 0
+    longer = {**record("what is six by two", "six by two", "de", target="en"), "utterance": 3}
+    (_, score), *_ = found(measures.translated, [*few, longer]).items()
+    assert score.value is not None, "what is missed of it counts"
+
+
 def test_classes_are_counted_as_by_hand():
     truth, answers = ["happy"] * 4 + ["sad"] * 2, ["happy"] * 3 + ["sad"] + ["sad", "I cannot tell"]
     records = [{**record(t, a), "utterance": n} for n, (t, a) in enumerate(zip(truth, answers, strict=True))]
@@ -287,8 +298,8 @@ def test_the_voice_and_its_quality_where_their_judges_are_installed():
 
 @pytest.mark.parametrize("begun", [(), (Begun(1, 0), Begun(41, 37), Begun(61, 57))])
 def test_turns_are_counted_by_hand(begun):
-    """A turn of two seconds with a pause, an answer with a back-channel, a barge-in, an answer; positions of 80 ms. What
-    is counted is an open turn, also where it was begun anew: inside the back-channel, and one after the barge-in's."""
+    """A turn of two seconds with a pause, an answer with a back-channel, a barge-in, an answer; positions of 80 ms.
+    What is counted is an open turn, also where it was begun anew: in the back-channel, and in the barge-in."""
     tick = 1280
     events = [
         Event("user", 0, 25 * tick, "twenty one"),
