@@ -546,7 +546,8 @@ class Conversation:
 
     def _tell(self, answer: _Answer) -> ReplyDone:
         answer.told = True
-        return ReplyDone(self.now_ms, answer.number, self.tokenizer.decode(answer.ids))
+        whole = len(answer.ids) < answer.settings.max_text_tokens
+        return ReplyDone(self.now_ms, answer.number, self.tokenizer.decode(answer.ids), whole)
 
     def _finish_reading(self) -> None:
         while self._branches.reading is not None:

@@ -75,10 +75,12 @@ class Sound(Event):
 
 @dataclass(frozen=True)
 class ReplyDone(Event):
-    """All of a reply has been sent; it may still be playing."""
+    """All of a reply has been sent; it may still be playing. whole: its text came to an end, and was not cut at
+    `Settings.max_text_tokens`."""
 
     reply: int
     text: str
+    whole: bool = True
 
 
 @dataclass(frozen=True)

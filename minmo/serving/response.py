@@ -104,12 +104,12 @@ class Response:
             self._tell_part("output_audio.delta", delta=to_base64(data))
 
     def finish(self, status: str, reason: str | None, previous: str | None) -> None:
-        """It is over: completed, cancelled (turn_detected, client_cancelled) or failed."""
+        """It is over: completed, incomplete (max_output_tokens), cancelled (by a turn or the client) or failed."""
         text = self.item.text or ""
         self._status, self._reason = status, reason
         self.item.status = "completed" if status == "completed" else "incomplete"
         if self._audio:
-            if status == "completed":
+            if status in ("completed", "incomplete"):
                 self.sound(np.zeros(0, np.float32), final=True)
             self._tell_part("output_audio.done")
             self._tell_part("output_audio_transcript.done", transcript=text)

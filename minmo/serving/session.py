@@ -340,7 +340,7 @@ class Session:
                 self.recorder.assistant(event.audio)
 
     def _reply_done(self, event: ReplyDone) -> None:
-        self._finish("completed", None)
+        self._finish(*(("completed", None) if event.whole else ("incomplete", "max_output_tokens")))
 
     def _interrupted(self, event: Interrupted) -> None:
         running = next((r for r in self.responses.values() if r.reply == event.reply), None)

@@ -230,6 +230,7 @@ def test_a_reply_that_ends_stays_whole_and_the_next_turn_follows(model, script):
     sent = of(Sound, events)
     total = sum(len(s.audio) for s in sent) / 24
     assert done.text == "".join(d.text for d in of(TextDelta, events))
+    assert done.whole == (len(conversation.history.exchanges[0].reply) < GREEDY.max_text_tokens)
     assert conversation.tokenizer.decode(conversation.history.exchanges[0].reply) == done.text
     phases = [(d.at_ms, d.phase) for d in of(Decision, events)]
     last = max(at for at, phase in phases if phase is Phase.SPEAKING)

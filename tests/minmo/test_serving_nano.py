@@ -103,6 +103,21 @@ def test_a_question_is_answered(serve, scheduler):
     assert spoken(judges.Moonshine()(sound), forgive=True) == spoken(ANSWER)
 
 
+def test_a_reply_that_is_cut_at_its_longest_is_incomplete(serve, scheduler):
+    async def talk(connection):
+        await connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
+        await say(connection, SUM)
+        await connection.input_audio_buffer.commit()
+        await connection.response.create(response={"max_output_tokens": 2})
+        return await until(connection, "response.done")
+
+    came = run(serve(scheduler, drawing=DRAWING).url, talk)
+    done = came[-1].response
+    assert (done.status, done.status_details.reason) == ("incomplete", "max_output_tokens")
+    said = done.output[0].content[0].transcript
+    assert said and ANSWER.startswith(said) and said != ANSWER and len(sound_of(came)) > 2400
+
+
 def test_the_predictor_takes_the_turn(serve, scheduler):
     """Nobody asks for a reply: it comes by the predictor's own decision."""
 
