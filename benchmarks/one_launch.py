@@ -1,6 +1,7 @@
 """One launch a step (`minmo_kernels.decoder_step`) on this machine's GPU: is it right, and is it faster?
 
     python benchmarks/one_launch.py PART WEIGHTS ROWS [--preset minmo-8b] [--context 1024] [--replays 10000]
+                                    [--share 1.0]
 
 PART: LLM (a position) or "speech block" (all tokens of a block). The step is captured twice, by the layers' launches
 and as one, and replayed; every replay must give what the first gave to the bit, no error word may be set, and hidden
@@ -20,7 +21,7 @@ import torch
 from minmo.config import load_config
 from minmo.fast import profile
 from minmo.fast.graphs import CudaCapture
-from minmo.fast.one_launch import Stack, in_backbone, in_voice_decoder
+from minmo.fast.one_launch import Limits, Stack, in_backbone, in_voice_decoder, sizes
 from minmo.state import all_rows, full_lengths
 from minmo_kernels.testing import timing
 
@@ -31,7 +32,7 @@ ROUNDING = 0.05
 """How far hidden states may be apart, as a share of the largest: bf16 through all layers."""
 
 
-def llm(model: Any, rows: int, context: int) -> tuple[Stack, Any]:
+def llm(model: Any, rows: int, context: int, limits: Limits) -> tuple[Stack, Any]:
     """The stack, and a call of the step that always begins at the same context."""
     part = model.llm
     device = part.norm.weight.device
@@ -42,10 +43,10 @@ def llm(model: Any, rows: int, context: int) -> tuple[Stack, Any]:
         state.lengths.fill_(context)
         return part.step(x, one, state, entries)[0]
 
-    return in_backbone(part), call
+    return in_backbone(part, limits), call
 
 
-def speech_block(model: Any, rows: int, context: int) -> tuple[Stack, Any]:
+def speech_block(model: Any, rows: int, context: int, limits: Limits) -> tuple[Stack, Any]:
     part = model.voice_decoder
     c, device = part.config, part.lm.norm.weight.device
     room = 2 * (c.semantic_block + c.speech_block)
@@ -64,14 +65,16 @@ def speech_block(model: Any, rows: int, context: int) -> tuple[Stack, Any]:
         state.lm.lengths.fill_(context)
         return part._round(vectors, counts, open_ended, state, entries, None)[0]
 
-    return in_voice_decoder(part), call
+    return in_voice_decoder(part, limits), call
 
 
 @torch.no_grad()
-def measured(preset: str, part: str, weights: str, rows: int, context: int, replays: int) -> dict[str, Any]:
+def measured(
+    preset: str, part: str, weights: str, rows: int, context: int, replays: int, share: float
+) -> dict[str, Any]:
     device = torch.device("cuda")
     model = profile.random_model(load_config(preset), (PARTS[part],), weights, device)
-    stack, call = (llm if part == "LLM" else speech_block)(model, rows, context)
+    stack, call = (llm if part == "LLM" else speech_block)(model, rows, context, Limits(share))
     layered, expected = CudaCapture()(call)
     layered()
     expected = expected.clone()
@@ -86,6 +89,7 @@ def measured(preset: str, part: str, weights: str, rows: int, context: int, repl
             faults += int(stack.sync[2]) > 0
             stack.sync.zero_()
     found: dict[str, Any] = {"replays": replays, "faults": faults, "wrong": int(wrong), "context": context}
+    found |= {"share": share, "sizes": sizes(getattr(model, PARTS[part]))}
     if part == "LLM":
         apart = float((first.float() - expected.float()).abs().max() / expected.float().abs().max())
         found |= {"apart": apart, "wrong": found["wrong"] + (not apart <= ROUNDING) * replays}
@@ -104,8 +108,9 @@ def main() -> None:
     parser.add_argument("--preset", default="minmo-8b")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--replays", type=int, default=10_000)
+    parser.add_argument("--share", type=float, default=1.0, help="of the GPU's multiprocessors")
     o = parser.parse_args()
-    print(json.dumps(measured(o.preset, o.part, o.weights, o.rows, o.context, o.replays)))
+    print(json.dumps(measured(o.preset, o.part, o.weights, o.rows, o.context, o.replays, o.share)))
 
 
 if __name__ == "__main__":

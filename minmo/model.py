@@ -124,6 +124,8 @@ class MinMo(nn.Module):
     """Names of parts that now belong to a FastMinMo."""
     prefill, max_positions = PREFILL, MAX_POSITIONS
     """Positions of a prompt that are read at once; LLM context of a conversation that does not ask for another."""
+    overlaps = True
+    """Whether, on a GPU, one stream of kernels may run beside another."""
 
     def __init__(self, config: MinMoConfig) -> None:
         super().__init__()

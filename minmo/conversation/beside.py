@@ -24,13 +24,15 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def beside(device: torch.device) -> Iterator[Callable[[Callable[[], _Result]], Callable[[], _Result]]]:
+def beside(
+    device: torch.device, overlaps: bool = True
+) -> Iterator[Callable[[Callable[[], _Result]], Callable[[], _Result]]]:
     """Gives what begins a call and returns what waits for its result: on a GPU the call runs on a stream and in a
-    thread of its own, beside what its caller does next; on a CPU at once.
+    thread of its own, beside what its caller does next; on a CPU, and where nothing overlaps, at once.
 
     A call must end with its results on the host: by then its stream has finished, and memory may be reused.
     """
-    if device.type != "cuda" and not SPEAK_BESIDE:
+    if not overlaps or (device.type != "cuda" and not SPEAK_BESIDE):
         yield lambda call: functools.partial(_given, call())
         return
     stream = _stream(device) if device.type == "cuda" else None

@@ -182,7 +182,7 @@ class Session:
         self._query.clear()
         written, faults, dropped = 0, [""] * self.batch, set[int]()
         ahead, first = None, True
-        with beside(self.device) as begin:
+        with beside(self.device, self.model.overlaps) as begin:
             while bool((writing | speaking).any()):
                 block = ahead or self._write(writing, written, forced, clock, faults)
                 hidden, embedding, counts, ids = block

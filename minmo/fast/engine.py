@@ -20,15 +20,16 @@ from torch import Tensor, nn
 
 import minmo_kernels as mk
 from minmo.clock import now
-from minmo.config import TICK, is_whole
+from minmo.config import TICK, MinMoConfig, is_real, is_whole
 from minmo.fast.graphs import BUCKETS, Capture, CudaCapture, Graphed, bucket, replay
 from minmo.fast.layer import CPULayer, GPULayer, Turns
 from minmo.fast.linear import WEIGHTS, activations, packed
-from minmo.fast.one_launch import ONE_LAUNCH, Verdict, decoder_steps, install
+from minmo.fast.one_launch import ONE_LAUNCH, Limits, Step, Verdict, decoder_steps, install, plan
 from minmo.model import MAX_POSITIONS, MOST_POSITIONS, PREFILL, MinMo, MinMoState, Seats, shapes
 from minmo.modules.backbone import Backbone, DecoderLayer
 from minmo.state import all_rows, full_lengths
 from minmo.weights import load
+from minmo_kernels.ops.decoder_step import MOST_SPINS, SPINS
 
 LANGUAGE = ("encoder", "projector", "llm", "voice_decoder", "duplex")
 """Parts whose weights are packed."""
@@ -47,8 +48,11 @@ class FastMinMo(MinMo):
     sessions wait. weights: "fp32", "bf16", "int8" (a scale an output) or "int4" (a scale and
     a zero point for 32 inputs), by default the model's own dtype. graphs: "auto" replays steps as CUDA graphs on a GPU,
     "off" runs them launch by launch. one_launch: "auto" decodes in a single launch a step where a results file of this
-    GPU shows it right and faster (`explain` says which), "on" always, for up to 8 rows, "off" never. Raises ValueError
-    for an unknown format, for a state that does not fit in memory, and where one_launch is "on" and cannot be.
+    GPU shows it right and faster (`explain` says which), "on" always, for up to 8 rows, "off" never; one_launch_share:
+    of the GPU's multiprocessors that such a launch takes, above 0 up to 1, and above a half text and speech take turns
+    on the GPU; one_launch_spins: looks at a barrier, about a microsecond each, after which it gives up. Raises
+    ValueError, with the model as it was, for a setting that cannot be, for a state that does not fit in memory, and
+    where one_launch is "on" and cannot be.
 
     One thread at a time: while sessions sit in an engine, a call from a thread other than theirs raises.
     """
@@ -64,6 +68,8 @@ class FastMinMo(MinMo):
         weights: str | None = None,
         graphs: str = "auto",
         one_launch: str = "auto",
+        one_launch_share: float = 1.0,
+        one_launch_spins: int = SPINS,
         keep_model: bool = False,
     ) -> None:
         nn.Module.__init__(self)  # the parts exist
@@ -87,11 +93,12 @@ class FastMinMo(MinMo):
             weights = "fp32" if model.dtype == torch.float32 else "bf16"
         _check_settings(
             rows=rows, max_positions=max_positions, max_voice_positions=max_voice_positions, prefill=prefill,
-            weights=weights, graphs=graphs, one_launch=one_launch, keep_model=keep_model,
+            weights=weights, graphs=graphs, one_launch=one_launch, one_launch_share=one_launch_share,
+            one_launch_spins=one_launch_spins, keep_model=keep_model,
         )  # fmt: skip
-        if one_launch == "on" and model.device.type != "cuda":
-            raise ValueError('one_launch "on" needs a GPU: on a CPU leave it at "auto"')
+        limits = Limits(one_launch_share, one_launch_spins)
         _check_room(model, weights, rows, max_positions, max_voice_positions)
+        self._limits, self._verdicts = limits, _launches(model, one_launch, weights, rows, limits)
         self.weights, self.capacity, self.prefill = weights, rows, min(prefill, max_positions)
         self.max_positions, self.max_voice_positions = max_positions, max_voice_positions
         self.config, self.tokenizer = model.config, model.tokenizer
@@ -108,11 +115,9 @@ class FastMinMo(MinMo):
         self._graphed: list[Graphed] = []
         if graphs == "auto" and self.device.type == "cuda":
             self._replay_with(CudaCapture)
-        self._verdicts: list[Verdict] = []
-        if self.device.type == "cuda":
-            steps = decoder_steps(self, self._state)
-            self._verdicts, single = install(steps, one_launch, torch.cuda.get_device_name(self.device), weights)
-            self._graphed += single
+        self._graphed += install(decoder_steps(self, self._state), self._verdicts, limits)
+        # Kernels of another stream may hold what a single launch needs, and it what they need.
+        self.overlaps = limits.overlap or not any(one.chosen for one in self._verdicts)
 
     @classmethod
     def from_pretrained(
@@ -148,7 +153,14 @@ class FastMinMo(MinMo):
         """How decoders take their steps, and by which results file, or that there is none."""
         if self.device.type != "cuda":
             return "decoders step by PyTorch's operations: this engine is on a CPU"
-        return "\n".join(map(str, self._verdicts))
+        lines = [str(one) for one in self._verdicts]
+        if any(one.chosen for one in self._verdicts):
+            beside = "beside one another" if self.overlaps else "one after the other"
+            lines.append(
+                f"one launch takes {self._limits.share:.0%} of the multiprocessors and gives up after "
+                f"{self._limits.spins:,} looks at a barrier; text and speech are computed {beside}"
+            )
+        return "\n".join(lines)
 
     @property
     def _mel_frames(self) -> tuple[int, ...]:
@@ -296,6 +308,8 @@ def _check_settings(
     weights: str | None = None,
     graphs: str = "auto",
     one_launch: str = "auto",
+    one_launch_share: float = 1.0,
+    one_launch_spins: int = SPINS,
     keep_model: bool = False,
 ) -> None:
     """Raises ValueError for a setting of FastMinMo that cannot be."""
@@ -305,6 +319,8 @@ def _check_settings(
         raise ValueError(f"graphs must be one of {', '.join(GRAPHS)}, got {graphs!r}")
     if one_launch not in ONE_LAUNCH:
         raise ValueError(f"one_launch must be one of {', '.join(ONE_LAUNCH)}, got {one_launch!r}")
+    if not is_real(one_launch_share) or not 0 < one_launch_share <= 1:
+        raise ValueError(f"one_launch_share must be a number above 0 and up to 1, got {one_launch_share!r}")
     if not isinstance(keep_model, bool):
         raise ValueError(f"keep_model must be True or False, got {keep_model!r}")
     for name, size, most in (
@@ -312,6 +328,7 @@ def _check_settings(
         ("max_positions", max_positions, MOST_POSITIONS),
         ("max_voice_positions", max_voice_positions, MOST_POSITIONS),
         ("prefill", prefill, MOST_POSITIONS),
+        ("one_launch_spins", one_launch_spins, MOST_SPINS),
     ):
         if not is_whole(size) or not 1 <= size <= most:
             raise ValueError(f"{name} must be a whole number from 1 to {most}, got {size!r}")
@@ -328,6 +345,25 @@ def _check_room(model: MinMo, weights: str, rows: int, max_positions: int, max_v
             f"the state of {rows} rows, {max_positions} positions and {max_voice_positions} of speech takes "
             f"{needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free: lower rows, max_positions or max_voice_positions"
         )
+
+
+def _launches(model: MinMo, one_launch: str, weights: str, rows: int, limits: Limits) -> list[Verdict]:
+    """Which steps of a model are to be single launches, before a weight is touched; none on a CPU. Errors of `plan`."""
+    if model.device.type != "cuda":
+        if one_launch == "on":
+            raise ValueError('one_launch "on" needs a GPU: on a CPU leave it at "auto"')
+        return []
+    major, minor = torch.cuda.get_device_capability(model.device)
+    gpu = torch.cuda.get_device_name(model.device)
+    return plan(planned(model.config, weights), one_launch, gpu, 10 * major + minor, weights, rows, limits)
+
+
+def planned(config: MinMoConfig, weights: str) -> tuple[Step, ...]:
+    """The steps that decode, of an engine on the meta device."""
+    model = shapes(config)
+    for name in LANGUAGE:
+        optimised(getattr(model, name), weights)
+    return decoder_steps(model, model.initial_state(1, 1, 1))
 
 
 def free_memory(device: torch.device) -> int:

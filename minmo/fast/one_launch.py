@@ -3,6 +3,10 @@
 A decoder's weights are stacked once, layers' own parameters becoming views, so that both ways of computing a step share
 one memory. Where a launch says that a barrier was waited for in vain, its results are discarded, the numbers of the
 state restored, and the step is done layer by layer, from then on always.
+
+The LLM's head and its choice of a token stay launches of their own, a token at a time: the voice decoder needs the
+state before every token of a block, of which a launch of several tokens gives the last; the first token is to be heard
+of before the fifth is drawn; and a teacher's text takes the place of what would be drawn.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import inspect
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,10 @@ from minmo.model import MinMo, MinMoState
 from minmo.modules.backbone import Backbone
 from minmo.modules.duplex import DuplexPredictor
 from minmo.modules.voice_decoder import SPEECH_STREAM, Speech, VoiceDecoder
-from minmo.state import KVCache, State, advanced, nobody, write_rows
-from minmo_kernels.ops.decoder_step import BROKEN, new_sync
+from minmo.state import KVCache, State, advanced, nobody, unlooking, write_rows
+from minmo_kernels import launch
+from minmo_kernels.ops.decoder_step import BROKEN, SPINS, new_sync
+from minmo_kernels.ops.decoder_step.grid import misfit_of
 from minmo_kernels.tuning import bucket_of
 
 log = logging.getLogger(__name__)
@@ -38,6 +44,24 @@ ONE_LAUNCH = ("auto", "on", "off")
 PROJECTIONS = {"qkv": "qkv", "out": "o", "gate_up": "gate_up", "down": "down"}
 """Names of `decoder_step`, and of a DecoderLayer's parts."""
 NEVER = 1 << 62
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of every single launch. share: of the GPU's multiprocessors, above 0 up to 1; spins: looks at a barrier, about a
+    microsecond each, after which a launch gives up."""
+
+    share: float = 1.0
+    spins: int = SPINS
+
+    @property
+    def overlap(self) -> bool:
+        """Whether two launches are on the GPU at once, as where text is written while the block before it is spoken.
+        Launches that are not would hold a part of the multiprocessors each and wait for the rest."""
+        return self.share <= 0.5
+
+
+DEFAULT = Limits()
 
 
 @dataclass(frozen=True)
@@ -54,25 +78,35 @@ class Verdict:
         return f"{self.part}, {self.rows} rows: {way}, {self.reason}"
 
 
-def verdict(gpu: str, part: str, rows: int, weights: str, folder: Path | None = None) -> Verdict:
-    """What the results file of a GPU says: one launch where it was measured right and faster there."""
+def sizes(part: Any) -> Any:
+    """What a results file's line holds for: the configuration of a part that decodes, as JSON gives it back."""
+    return json.loads(json.dumps(asdict(part.config)))
+
+
+def verdict(
+    gpu: str, name: str, part: nn.Module, rows: int, weights: str, share: float, folder: Path | None = None
+) -> Verdict:
+    """What the results file of a GPU says: one launch where it was measured right and faster there, with a decoder of
+    these sizes and this share of the multiprocessors."""
     folder = RESULTS if folder is None else folder
     path = folder / f"{gpu.lower().replace(' ', '-')}-one-launch.json"
     if not path.is_file():
-        return Verdict(part, rows, False, f"there is no {path.name} in {folder} (make gpu STAGE=steps)")
-    found = json.loads(path.read_text()).get(f"{part} {weights} {rows}")
+        return Verdict(name, rows, False, f"there is no {path.name} in {folder} (make gpu STAGE=steps)")
+    found = json.loads(path.read_text()).get(f"{name} {weights} {rows}")
     if found is None:
-        return Verdict(part, rows, False, f"{path.name} has no line for it with {weights} weights")
+        return Verdict(name, rows, False, f"{path.name} has no line for it with {weights} weights")
     if found["wrong"] or found["faults"]:
-        return Verdict(part, rows, False, f"{path.name}: {found['wrong']} wrong, {found['faults']} faults")
+        return Verdict(name, rows, False, f"{path.name}: {found['wrong']} wrong, {found['faults']} faults")
+    if found["sizes"] != sizes(part) or found["share"] != share:
+        return Verdict(name, rows, False, f"{path.name} has it of other sizes, or of another share of the GPU")
     gain = found["layers"] / found["seconds"]
-    return Verdict(part, rows, gain > 1, f"{path.name}: {gain:.2f} times as fast in {found['replays']} replays")
+    return Verdict(name, rows, gain > 1, f"{path.name}: {gain:.2f} times as fast in {found['replays']} replays")
 
 
 class Stack:
     """The weights of a decoder's layers, as `decoder_step` takes them."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], limits: Limits = DEFAULT) -> None:
         layers = [layer for layer in modules if isinstance(layer, GPULayer)]
         if len(layers) < len(modules):
             raise ValueError("one launch a step needs a GPU: on a CPU a layer's operations are PyTorch's")
@@ -92,20 +126,11 @@ class Stack:
             if isinstance(linears[0], KernelLinear):
                 self.weights[f"{label}_scale"] = _stacked(linears, "scale")
         self.weights |= {
-            "heads": c.heads, "kv_heads": c.kv_heads, "eps": c.norm_eps, "rope_theta": c.rope_theta
+            "heads": c.heads, "kv_heads": c.kv_heads, "eps": c.norm_eps, "rope_theta": c.rope_theta, **asdict(limits)
         }  # fmt: skip
         self.sync = new_sync(self.weights["input_norm"].device)
         self.on = False
         """Whether steps are single launches now."""
-
-    def refusal(self, cache: KVCache) -> str | None:
-        """Why a GPU here cannot do single positions on such a cache (layers, ...) in one launch; None where it can."""
-        norm = self.weights["input_norm"]
-        rows = torch.zeros(1, dtype=torch.int32, device=norm.device)
-        lengths = rows.expand(cache.k.shape[1]).contiguous()
-        given = {"k_cache": cache.k, "v_cache": cache.v, "rows": rows, "lengths": lengths, "sync": self.sync}
-        found = mk.explain(mk.decoder_step, norm[:1], **given, **self.weights)
-        return next(v.reason for v in found.verdicts if v.backend == "triton")
 
     def step(self, x: Tensor, cache: KVCache, rows: Tensor, lengths: Tensor, **more: Any) -> tuple[Tensor, Tensor]:
         """`mk.decoder_step` on a cache (layers, ...) -> hidden, tokens."""
@@ -202,9 +227,9 @@ def always(*_: Any) -> bool:
     return True
 
 
-def in_backbone(backbone: Backbone) -> Stack:
+def in_backbone(backbone: Backbone, limits: Limits = DEFAULT) -> Stack:
     """Puts single launches in a Backbone's place for its layers and last norm, where its stack is on."""
-    stack, layers = Stack(list(backbone.layers)), backbone._through
+    stack, layers = Stack(list(backbone.layers), limits), backbone._through
 
     def through(x: Tensor, lengths: Tensor, state: Any, rows: Tensor, ends: Tensor) -> Tensor:
         if not stack.on or x.shape[1] != 1 or len(x) > MOST_FUSED_ROWS:
@@ -218,9 +243,9 @@ def in_backbone(backbone: Backbone) -> Stack:
     return stack
 
 
-def in_predictor(duplex: DuplexPredictor) -> Stack:
+def in_predictor(duplex: DuplexPredictor, limits: Limits = DEFAULT) -> Stack:
     """Puts a single launch in the place of the predictor's layer, where its stack is on."""
-    stack, layer, window = Stack([duplex.layer]), duplex._through, duplex.config.window
+    stack, layer, window = Stack([duplex.layer], limits), duplex._through, duplex.config.window
 
     def through(x: Tensor, counts: Tensor, state: Any, rows: Tensor, ends: Tensor) -> Tensor:
         if not stack.on or x.shape[1] != 1 or len(x) > MOST_FUSED_ROWS:
@@ -232,9 +257,9 @@ def in_predictor(duplex: DuplexPredictor) -> Stack:
     return stack
 
 
-def in_voice_decoder(decoder: VoiceDecoder) -> Stack:
+def in_voice_decoder(decoder: VoiceDecoder, limits: Limits = DEFAULT) -> Stack:
     """Puts one launch in the place of all tokens of a block after the first, where its stack is on."""
-    stack, loop, c = Stack(list(decoder.lm.layers)), decoder._speak, decoder.config
+    stack, loop, c = Stack(list(decoder.lm.layers), limits), decoder._speak, decoder.config
     device = stack.sync.device
     others = [id for id in range(c.codes, c.vocab) if id != c.end_of_speech]
     banned = torch.tensor([others] * MOST_FUSED_ROWS, dtype=torch.int32, device=device)
@@ -272,49 +297,92 @@ def in_voice_decoder(decoder: VoiceDecoder) -> Stack:
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a part that decodes. build: puts single launches in its place. cache: (layers, ...), what they
-    write."""
+    """A step of a part that decodes. build: puts single launches in its place. example: arguments of the step for so
+    many rows."""
 
     name: str
     part: nn.Module
     method: str
     state: State
-    build: Callable[[Any], Stack]
+    build: Callable[[Any, Limits], Stack]
     fits: Callable[..., bool]
-    cache: KVCache
+    example: Callable[[int], tuple[Any, ...]]
 
 
 def decoder_steps(model: MinMo, state: MinMoState) -> tuple[Step, ...]:
     """Those of a model: the LLM's positions, the voice token LM's blocks, the full-duplex predictor's decisions."""
-    voice, ring = state.speaking.decoder, state.duplex.cache
+    voice, c, kind = state.speaking.decoder, model.config.voice_decoder, model.llm.norm.weight.dtype
+
+    def ones(rows: int, *more: int, dtype: torch.dtype) -> Tensor:
+        return torch.ones((rows, *more), dtype=dtype, device=model.device)
+
+    def one_each(part: State, dim: int) -> Callable[[int], tuple[Any, ...]]:
+        def example(rows: int) -> tuple[Any, ...]:
+            x, count = ones(rows, 1, dim, dtype=kind), ones(rows, dtype=torch.int32)
+            return x, count, part, count
+
+        return example
+
+    def block(rows: int) -> tuple[Any, ...]:
+        vectors = ones(rows, c.semantic_block, 2 * c.llm_dim, dtype=kind)
+        count = ones(rows, dtype=torch.int32)
+        return vectors, count, ones(rows, dtype=torch.bool), voice, count, None
+
+    llm, duplex = one_each(state.llm, model.config.llm.dim), one_each(state.duplex, model.config.duplex.input_dim)
     return (
-        Step("LLM", model.llm, "step", state.llm, in_backbone, one_position, state.llm.cache),
-        Step("speech block", model.voice_decoder, "_round", voice, in_voice_decoder, always, voice.lm.cache),
-        Step(
-            "predictor", model.duplex, "step", state.duplex, in_predictor, one_position,
-            KVCache(ring.k[None], ring.v[None]),
-        ),
-    )  # fmt: skip
+        Step("LLM", model.llm, "step", state.llm, in_backbone, one_position, llm),
+        Step("speech block", model.voice_decoder, "_round", voice, in_voice_decoder, always, block),
+        Step("predictor", model.duplex, "step", state.duplex, in_predictor, one_position, duplex),
+    )
 
 
-def install(steps: Sequence[Step], wanted: str, gpu: str, weights: str) -> tuple[list[Verdict], list[Graphed]]:
-    """Makes single launches of the steps for which they are wanted ("on"; "auto": proven by a results file of `gpu`),
-    graphed where the step is -> every verdict, and the new graphs. Raises ValueError where one that is wanted cannot
-    be.
+def plan(
+    steps: Sequence[Step], wanted: str, gpu: str, sm: int, weights: str, rows: int, limits: Limits
+) -> list[Verdict]:
+    """Which steps are to be single launches, by bucket of up to `rows` rows: all ("on"), none ("off"), or what a
+    results file of `gpu`, of compute capability `sm`, has shown ("auto").
+
+    steps: of shapes alone, on the meta device, so that nothing is taken from a model before it is known. Compiles the
+    kernels of those that are wanted. Raises ValueError where one that must be ("on") cannot be.
     """
-    verdicts: list[Verdict] = []
+    verdicts = []
+    for step in steps:
+        stack: Stack | None = None
+        for bucket in (b for b in BUCKETS if b <= min(bucket_of(rows), MOST_FUSED_ROWS)):
+            one = Verdict(step.name, bucket, wanted == "on", f'one_launch is "{wanted}"')
+            if wanted == "auto":
+                one = verdict(gpu, step.name, step.part, bucket, weights, limits.share)
+            if one.chosen:
+                stack = stack or step.build(step.part, limits)
+                if (reason := refusal(step, stack, bucket, sm, limits.share)) is not None:
+                    if wanted == "on":
+                        raise ValueError(f"the {step.name} cannot be one launch a step: {reason}")
+                    one = Verdict(step.name, bucket, False, f"which cannot be: {reason}")
+            verdicts.append(one)
+    return verdicts
+
+
+def refusal(step: Step, stack: Stack, rows: int, sm: int, share: float) -> str | None:
+    """Why a step of so many rows cannot be one launch on the current GPU, of capability `sm`; None where it can.
+    Compiles what the step, whose part is on the meta device, would launch."""
+    try:
+        with launch.recording(sm) as records, mk.use_backend("triton"), unlooking(), torch.no_grad(), _on(stack):
+            getattr(step.part, step.method)(*step.example(rows))
+    except mk.dispatch.BackendError as error:
+        return str(error)
+    (record,) = (record for record in records if record.name == "decoder_step")
+    return misfit_of(record, sm, share)
+
+
+def install(steps: Sequence[Step], verdicts: Sequence[Verdict], limits: Limits) -> list[Graphed]:
+    """Makes single launches of the steps and rows that a plan has chosen, graphed where the step is -> the new
+    graphs."""
     graphs: list[Graphed] = []
     for step in steps:
-        found = {rows: _verdict(wanted, gpu, step.name, rows, weights) for rows in BUCKETS if rows <= MOST_FUSED_ROWS}
-        verdicts += found.values()
-        chosen = frozenset(rows for rows, one in found.items() if one.chosen)
-        if not chosen:
-            continue
-        stack = step.build(step.part)
-        if (reason := stack.refusal(step.cache)) is not None:
-            raise ValueError(f'the {step.name} cannot be one launch a step: {reason}; set one_launch to "off"')
-        put(step, stack, chosen, graphs)
-    return verdicts, graphs
+        chosen = frozenset(one.rows for one in verdicts if one.part == step.name and one.chosen)
+        if chosen:
+            put(step, step.build(step.part, limits), chosen, graphs)
+    return graphs
 
 
 def put(step: Step, stack: Stack, chosen: frozenset[int], graphs: list[Graphed]) -> OneLaunch:
@@ -328,9 +396,3 @@ def put(step: Step, stack: Stack, chosen: frozenset[int], graphs: list[Graphed])
     )
     object.__setattr__(step.part, step.method, one)
     return one
-
-
-def _verdict(wanted: str, gpu: str, part: str, rows: int, weights: str) -> Verdict:
-    if wanted != "auto":
-        return Verdict(part, rows, wanted == "on", f'one_launch is "{wanted}"')
-    return verdict(gpu, part, rows, weights)

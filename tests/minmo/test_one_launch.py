@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import minmo
 import minmo_kernels as mk
-from minmo.config import BackboneConfig, DuplexConfig, VoiceDecoderConfig
+from minmo.config import BackboneConfig, DuplexConfig, VoiceDecoderConfig, load_config
+from minmo.fast import engine as engine_module
 from minmo.fast import one_launch
 from minmo.fast.graphs import replay
 from minmo.fast.layer import GPULayer
+from minmo.model import shapes
 from minmo.modules.backbone import Backbone
 from minmo.modules.duplex import DuplexPredictor
 from minmo.modules.voice_decoder import VoiceDecoder, VoiceDecoderState
 from minmo.state import State, unlooking
+from minmo_kernels import launch
 
 LM = BackboneConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=64, ffn=40)
 VOICE = VoiceDecoderConfig(lm=LM, llm_dim=16, codes=20, vocab=23, end_of_speech=20, fill=22)
@@ -62,21 +66,21 @@ def made(kind, config, seed=0):
     return part.eval()
 
 
-def launched_once(step, graphed, rows=(1, 2, 4, 8)):
+def launched_once(step, graphed, rows=(1, 2, 4, 8), limits=one_launch.DEFAULT):
     """Puts single launches in a step's place; `graphed`: with graphs, played."""
     if graphed:
         replay(step.part, step.method, step.state, StandIn(), 8, step.fits)
-    return one_launch.put(step, step.build(step.part), frozenset(rows), [])
+    return one_launch.put(step, step.build(step.part, limits), frozenset(rows), [])
 
 
 def backbone_step(part, state):
     fits, build = one_launch.one_position, one_launch.in_backbone
-    return one_launch.Step("LLM", part, "step", state, build, fits, state.cache)
+    return one_launch.Step("LLM", part, "step", state, build, fits, tuple)
 
 
 def voice_step(part, state):
     build = one_launch.in_voice_decoder
-    return one_launch.Step("speech block", part, "_round", state, build, one_launch.always, state.lm.cache)
+    return one_launch.Step("speech block", part, "_round", state, build, one_launch.always, tuple)
 
 
 @pytest.mark.parametrize("graphed", [False, True])
@@ -84,9 +88,9 @@ def voice_step(part, state):
 def test_a_backbone_steps_in_one_launch_as_by_its_layers(graphed, monkeypatch):
     plain, other = made(Backbone, LM), made(Backbone, LM)
     states = [part.initial_state(4, 12) for part in (plain, other)]
-    launched_once(backbone_step(other, states[1]), graphed)
+    launched_once(backbone_step(other, states[1]), graphed, limits=one_launch.Limits(0.3, 77))
     calls, whole = [], mk.decoder_step
-    monkeypatch.setattr(mk, "decoder_step", lambda *a, **k: calls.append(1) or whole(*a, **k))
+    monkeypatch.setattr(mk, "decoder_step", lambda *a, **k: calls.append(k) or whole(*a, **k))
     rows = torch.tensor([2, -1, 0], dtype=torch.int32)
     for width in (3, 1, 1, 2, 1):
         x, lengths = torch.randn(3, width, LM.dim), torch.tensor([width, width, width], dtype=torch.int32)
@@ -98,6 +102,7 @@ def test_a_backbone_steps_in_one_launch_as_by_its_layers(graphed, monkeypatch):
     for one, another in zip(states[0].layers, states[1].layers, strict=True):
         torch.testing.assert_close(one.k, another.k, rtol=1e-4, atol=1e-5)
     assert len(calls) >= 3, "single positions went in one launch"
+    assert all((k["share"], k["spins"]) == (0.3, 77) for k in calls)
     assert other.layers[1].qkv.weight.untyped_storage().data_ptr() == (
         other.layers[0].qkv.weight.untyped_storage().data_ptr()
     ), "both ways share one memory"
@@ -152,7 +157,7 @@ def test_the_predictor_decides_in_one_launch():
     plain, other = made(DuplexPredictor, DUPLEX), made(DuplexPredictor, DUPLEX)
     states = [part.initial_state(2) for part in (plain, other)]
     build, fits = one_launch.in_predictor, one_launch.one_position
-    launched_once(one_launch.Step("predictor", other, "step", states[1], build, fits, states[1].cache), True)
+    launched_once(one_launch.Step("predictor", other, "step", states[1], build, fits, tuple), True)
     rows, one = torch.tensor([1, 0], dtype=torch.int32), torch.ones(2, dtype=torch.int32)
     for _ in range(45):  # around the ring
         x = torch.randn(2, 1, 16)
@@ -204,18 +209,28 @@ def test_after_a_fault_the_step_is_done_again_layer_by_layer(kind, monkeypatch, 
 
 
 def test_a_results_file_decides(tmp_path):
-    def line(**changes):
-        entry = {"seconds": 1.0, "layers": 1.5, "wrong": 0, "faults": 0, "replays": 10_000, **changes}
-        (tmp_path / "some-gpu-one-launch.json").write_text(json.dumps({"LLM bf16 1": entry}))
-        return one_launch.verdict("Some GPU", "LLM", 1, "bf16", tmp_path)
+    part = made(Backbone, LM)
 
-    none = one_launch.verdict("Some GPU", "LLM", 1, "bf16", tmp_path)
+    def found(weights="bf16", share=1.0):
+        return one_launch.verdict("Some GPU", "LLM", part, 1, weights, share, tmp_path)
+
+    def line(**changes):
+        entry = {"seconds": 1.0, "layers": 1.5, "wrong": 0, "faults": 0, "replays": 10_000, "share": 1.0}
+        entry |= {"sizes": one_launch.sizes(part), **changes}
+        (tmp_path / "some-gpu-one-launch.json").write_text(json.dumps({"LLM bf16 1": entry}))
+        return found()
+
+    none = found()
     assert not none.chosen and "there is no some-gpu-one-launch.json" in str(none)
     assert line().chosen and "1.50 times as fast in 10000 replays" in str(line())
     assert not line(layers=0.9).chosen
     assert not line(wrong=1).chosen and "1 wrong" in str(line(wrong=1))
     assert not line(faults=1).chosen
-    assert "no line for it with int8" in one_launch.verdict("Some GPU", "LLM", 1, "int8", tmp_path).reason
+    other = line(sizes={**one_launch.sizes(part), "layers": 99})
+    assert not other.chosen and "of other sizes" in str(other)
+    line()
+    assert not found(share=0.5).chosen
+    assert "no line for it with int8" in found("int8").reason
 
 
 def test_where_it_cannot_run_it_raises():
@@ -224,14 +239,88 @@ def test_where_it_cannot_run_it_raises():
         minmo.FastMinMo(model, one_launch="on")  # and takes nothing from the model
     with pytest.raises(ValueError, match="one_launch must be one of auto, on, off"):
         minmo.FastMinMo(model, one_launch="yes")
+    for share in (0, 1.5, True, float("nan"), "all"):
+        with pytest.raises(ValueError, match="one_launch_share must be a number above 0 and up to 1"):
+            minmo.FastMinMo(model, one_launch_share=share)
+    for spins in (0, 2**31, 1e6):
+        with pytest.raises(ValueError, match="one_launch_spins must be a whole number from 1 to 2147483647"):
+            minmo.FastMinMo(model, one_launch_spins=spins)
     engine = minmo.FastMinMo(model, rows=1, max_positions=50, max_voice_positions=50, keep_model=True)
-    assert "CPU" in engine.explain()
+    assert "CPU" in engine.explain() and engine.overlaps
     with pytest.raises(ValueError, match="needs a GPU"):
         one_launch.Stack(list(engine.llm.layers))
-    part = made(Backbone, LM)
-    state = part.initial_state(1, 4)
-    step = backbone_step(part, state)
-    with pytest.raises(ValueError, match='the LLM cannot be one launch a step: .* set one_launch to "off"'):
-        one_launch.install([step], "on", "a CPU", "fp32")
-    verdicts, graphs = one_launch.install([step], "auto", "a CPU", "fp32")
-    assert not graphs and not any(v.chosen for v in verdicts) and "there is no" in verdicts[0].reason
+
+
+@pytest.fixture
+def binary(monkeypatch):
+    """What every kernel compiles to for a GPU of capability 9.0 that is not here."""
+    stub = SimpleNamespace(n_regs=255, metadata=SimpleNamespace(shared=70_000, num_warps=8))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_compile", lambda *_: (stub, None, ()))
+    return stub
+
+
+def planned(weights, wanted="on", rows=3, limits=one_launch.DEFAULT):
+    steps = engine_module.planned(load_config("nano"), weights)
+    return one_launch.plan(steps, wanted, "Some GPU", 90, weights, rows, limits)
+
+
+@pytest.mark.skipif(not launch.AVAILABLE, reason="triton is not installed")
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_a_plan_needs_no_weights(weights, binary):
+    found = planned(weights)
+    assert [(one.part, one.rows) for one in found] == [
+        (part, rows) for part in ("LLM", "speech block", "predictor") for rows in (1, 2, 4)
+    ]
+    assert all(one.chosen for one in found) and len(launch._compiled) == 9
+    assert not any(one.chosen for one in planned(weights, "off") + planned(weights, "auto"))
+
+
+@pytest.mark.skipif(not launch.AVAILABLE, reason="triton is not installed")
+def test_what_cannot_be_is_said_before_a_weight_is_taken(binary, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="bf16 and int8 weights, not int4"):
+        planned("int4")
+    with pytest.raises(ValueError, match="the LLM cannot be one launch a step: .* activations are 16-bit"):
+        planned("fp32")
+    binary.metadata.shared = 300_000
+    with pytest.raises(ValueError, match="its 132 blocks are not on this GPU at once: 132 of 132 "):
+        planned("bf16")
+    with pytest.raises(ValueError, match="its 33 blocks are not on this GPU at once: 33 of 132"):
+        planned("bf16", limits=one_launch.Limits(0.25))
+    part = shapes(load_config("nano")).llm
+    line = {"seconds": 1.0, "layers": 2.0, "wrong": 0, "faults": 0, "replays": 9, "share": 1.0}
+    line["sizes"] = one_launch.sizes(part)
+    (tmp_path / "some-gpu-one-launch.json").write_text(json.dumps({"LLM bf16 1": line}))
+    monkeypatch.setattr(one_launch, "RESULTS", tmp_path)
+    first = planned("bf16", "auto")[0]
+    assert not first.chosen and "layer by layer, which cannot be: its 132 blocks" in str(first)
+    binary.metadata.shared = 70_000
+    assert [one.rows for one in planned("bf16", "auto") if one.chosen] == [1]
+
+
+def test_a_refused_plan_leaves_the_model_as_it_was(monkeypatch):
+    def refuses(*_):
+        raise ValueError("it cannot be")
+
+    monkeypatch.setattr(engine_module, "_launches", refuses)
+    model = minmo.load("nano", device="cpu")
+    with pytest.raises(ValueError, match="it cannot be"):
+        minmo.FastMinMo(model)
+    assert not model.given and model.llm is not None
+
+
+@pytest.mark.parametrize(("share", "overlaps"), [(1.0, False), (0.6, False), (0.5, True)])
+def test_streams_overlap_only_where_two_launches_fit_side_by_side(share, overlaps, monkeypatch):
+    chosen = one_launch.Verdict("LLM", 1, True, "said")
+    monkeypatch.setattr(engine_module, "_launches", lambda *_: [chosen])
+    monkeypatch.setattr(engine_module, "install", lambda *_: [])
+    model = minmo.load("nano", device="cpu")
+    settings = {"rows": 1, "max_positions": 50, "max_voice_positions": 50, "one_launch_spins": 5000}
+    engine = minmo.FastMinMo(model, one_launch_share=share, **settings)
+    assert engine.overlaps is overlaps
+    monkeypatch.setattr(minmo.FastMinMo, "device", torch.device("cuda"))
+    way = "beside one another" if overlaps else "one after the other"
+    said = f"takes {share:.0%} of the multiprocessors and gives up after 5,000 looks at a barrier"
+    assert said in engine.explain() and engine.explain().endswith(way)

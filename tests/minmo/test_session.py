@@ -131,6 +131,9 @@ def test_text_that_is_written_beside_the_sound_changes_nothing(model, monkeypatc
     assert len(threads) == 1 and threads.pop().startswith("minmo-speech")
     for one, other in zip(apart, beside, strict=True):
         assert one.text == other.text and len(one.audio) and np.array_equal(one.audio, other.audio)
+    engine.overlaps = False
+    minmo.ask(engine, ["two plus three", "seven"], settings)
+    assert threads == {threading.current_thread().name}, "in the caller's thread, and so on its stream"
 
 
 def test_a_refused_turn_changes_nothing(model):

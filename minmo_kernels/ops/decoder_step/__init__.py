@@ -12,7 +12,7 @@ from minmo_kernels.ops.append_kv import fitting, refuses_head_dim
 from minmo_kernels.ops.decoder_step.machine import BROKEN, reference
 from minmo_kernels.ops.linear_residual import rows_bucket
 
-__all__ = ["BROKEN", "MOST_ROWS", "SPINS", "decoder_step", "new_sync"]
+__all__ = ["BROKEN", "MOST_ROWS", "MOST_SPINS", "SPINS", "decoder_step", "new_sync"]
 
 MOST_ROWS = 8
 """Rows that one launch serves; more are launched layer by layer."""
@@ -20,6 +20,8 @@ MOST_GROUP = 16
 """Query heads that share a kv head."""
 SPINS = 1 << 20
 """Looks at a barrier's counter, about a microsecond each, after which a block gives up: far longer than any phase."""
+MOST_SPINS = 2**31 - 1
+"""A block counts its looks in 32 bits."""
 WORDS = 3
 """Arrivals, blocks that have left, and the error word."""
 
@@ -121,7 +123,8 @@ def decoder_step(
     check(len(rows) == batch, lambda: f"{name}: rows has {len(rows)} entries, x {batch}")
     check(len(lengths) == sessions, lambda: f"{name}: lengths has {len(lengths)} rows for {sessions} sessions")
     check(len(sync) == WORDS, lambda: f"{name}: sync must be new_sync(device), {WORDS} words, got {len(sync)}")
-    check(window >= 0 and steps >= 1 and spins >= 1, lambda: f"{name}: window is 0 or more, steps and spins 1 or more")
+    check(window >= 0 and steps >= 1, lambda: f"{name}: window is 0 or more, steps 1 or more")
+    check(1 <= spins <= MOST_SPINS, lambda: f"{name}: spins must be from 1 to {MOST_SPINS}, got {spins}")
     check(0.0 < share <= 1.0, lambda: f"{name}: share must lie above 0 and up to 1, got {share}")
     if ring:
         check(window > 0, lambda: f"{name}: a ring cache needs a window")
@@ -218,7 +221,7 @@ def _refuses(request: Request) -> str | None:
         return f"{features['group']} query heads share a kv head; it serves up to {MOST_GROUP}"
     if not features["cooperative"]:
         return "this GPU or its driver has no cooperative launch, without which a barrier could wait for ever"
-    if request.device == "cuda" and torch.float32 == request.dtypes[0]:
+    if request.device != "cpu" and request.dtypes[0] == torch.float32:
         return "on a GPU its activations are 16-bit; fp32 takes the layers' own launches"
     return None
 
@@ -231,8 +234,15 @@ def _features(*args):
         "group": heads // kv_heads,
         "ring": ring,
         "head": args[18] is not None,
-        "cooperative": x.device.type != "cuda" or cooperative(x.device),
+        "cooperative": _cooperative(x.device),
     }
+
+
+def _cooperative(device: torch.device) -> bool:
+    """Of a GPU; for what is only recorded, of the current one, if any."""
+    if device.type == "meta" and torch.cuda.is_available():
+        return cooperative(torch.device("cuda", torch.cuda.current_device()))
+    return device.type != "cuda" or cooperative(device)
 
 
 def _fake(*args):

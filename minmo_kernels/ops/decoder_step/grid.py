@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from minmo_kernels.launch import Launch, compiled_for
 
 PREFETCHED = 0.5
 """Share of the level-2 cache that the weights which are asked for ahead may take."""
@@ -89,3 +92,15 @@ def refused(grid: Grid, fits: int) -> str | None:
         f"{fits} each, {grid.sms * fits} in all, and {grid.each} each are wanted; lower `blocks` in the launch "
         "table, or take the layers' own launches"
     )
+
+
+def misfit(kernel: Any, grid: Grid) -> str | None:
+    """`refused` of a compiled kernel."""
+    return refused(grid, resident(kernel.n_regs, kernel.metadata.shared, kernel.metadata.num_warps, grid.chip))
+
+
+def misfit_of(record: Launch, sm: int, share: float) -> str | None:
+    """`refused` of a recorded launch on the current GPU, of capability `sm`; compiles its kernel."""
+    kernel = compiled_for(record.kernel, record.grid, *record.arguments, **record.constants, **record.options)
+    chip = chip_of(torch.device("meta"), sm)
+    return misfit(kernel, Grid(chip, record.grid[0] // Grid(chip, 1, share).sms, share))

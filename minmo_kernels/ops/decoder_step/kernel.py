@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minmo_kernels import dispatch, tuning
 from minmo_kernels.launch import INTERPRETING, OPTIONS, compiled_for, launch, lookup_table, target, triton_dtype
-from minmo_kernels.ops.decoder_step.grid import Grid, chip_of, refused, resident
+from minmo_kernels.ops.decoder_step.grid import Grid, chip_of, misfit
 from minmo_kernels.ops.decoder_step.machine import BROKEN, Arguments
 from minmo_kernels.ops.decoder_step.schedule import Tiles, program, table
 from minmo_kernels.ops.gate_up_swiglu.kernel import gate_up_swiglu_tile
@@ -98,8 +98,7 @@ def run(*arguments: Any) -> tuple[Tensor, Tensor]:
         return hidden, tokens
     if x.is_cuda:
         kernel = compiled_for(_decoder_step, (grid.blocks, 1, 1), *run_time, 0, 0, 0, *scalars, **constants)
-        fits = resident(kernel.n_regs, kernel.metadata.shared, kernel.metadata.num_warps, chip)
-        if (reason := refused(grid, fits)) is not None:
+        if (reason := misfit(kernel, grid)) is not None:
             raise dispatch.BackendError(f"decoder_step: {reason}")
     launch(_decoder_step, (grid.blocks, 1, 1), *run_time, 0, len(listed), len(listed), *scalars, **constants)
     return hidden, tokens
