@@ -26,13 +26,20 @@ from minmo_kernels.testing import timing
 
 STEPS: dict[str, tuple[float, ...]] = {"num_warps": (0.5, 1, 2), "num_stages": (-1, 0, 1), "parts": (0.5, 1, 2)}
 STEPS |= {"BLOCK" + axis: (0.5, 1, 2) for axis in ("", "_N", "_K", "_M", "_S", "_B", "_T", "_C", "_H")}
-"""What is varied around a configuration: factors, and for num_stages differences."""
+"""What is varied around a configuration, up to two at once: factors, and for num_stages differences."""
+ALONE = ("QKV_N", "OUT_N", "GATE_UP_N", "DOWN_N", "HEAD_N", "SAMPLE_BLOCK", "PARTS", "blocks")
+"""What is varied one at a time, by a factor of two: of a decode step what is each phase's own, and blocks."""
 Measure = Callable[[OpSpec, Mapping[str, Any]], float | None]
 
 
 def neighbours(values: Mapping[str, int]) -> Iterator[dict[str, int]]:
-    """A configuration, then those that differ from it in one or two of STEPS."""
+    """A configuration, then those that differ from it in one or two of STEPS, or in one of ALONE."""
     yield dict(values)
+    for name in ALONE:
+        if name in values:
+            yield {**values, name: 2 * values[name]}
+            if values[name] > 1:
+                yield {**values, name: values[name] // 2}
     names = [name for name in STEPS if name in values]
     for i, first in enumerate(names):
         for second in names[i:]:

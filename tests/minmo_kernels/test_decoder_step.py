@@ -145,15 +145,31 @@ def test_what_one_launch_does_not_serve_is_said():
         mk.decoder_step(**{**a, "steps": 2})
     with pytest.raises(ValueError, match="share must lie above 0"):
         mk.decoder_step(**{**a, "share": 0.0})
+    for spins in (0, 2**31):
+        with pytest.raises(ValueError, match="spins must be from 1 to 2147483647"):
+            mk.decoder_step(**{**a, "spins": spins})
+    with pytest.raises(ValueError, match=r"gate_up must have the shape .*, got \(2, 63, 32\)"):
+        mk.decoder_step(**{**a, "gate_up": a["gate_up"][:, 1:].contiguous()})
+    drawing = SPEC.make(CASE)
+    with pytest.raises(ValueError, match="where most is reached an entry gives end"):
+        mk.decoder_step(**{**drawing, "most": torch.ones(2, dtype=torch.int64)})
 
 
-def test_a_device_without_cooperative_launch_is_refused(monkeypatch):
-    request = mk.decoder_step.__globals__["OP"].request(*mk.dispatch.intercept(mk.decoder_step, **SPEC.make(CASE))[1])
-    refuses = mk.decoder_step.__globals__["_refuses"]
+def test_a_device_without_cooperative_launch_is_refused_and_weights_whose_words_do_not_load():
+    def asked(arguments):
+        return mk.decoder_step.__globals__["OP"].request(*mk.dispatch.intercept(mk.decoder_step, **arguments)[1])
+
+    request, refuses = asked(SPEC.make(CASE)), mk.decoder_step.__globals__["_refuses"]
     assert refuses(request) is None
     assert "no cooperative launch" in refuses(replace(request, features={**request.features, "cooperative": False}))
     assert "64 or 128, not 96" in refuses(replace(request, features={**request.features, "dim": 96}))
     assert "17 query heads" in refuses(replace(request, features={**request.features, "group": 17}))
+    assert "16-bit" in refuses(replace(request, device="meta"))
+    for name in ("qkv", "out", "gate_up", "down", "head"):
+        arguments = SPEC.make({**CASE, "weights": "int8"})
+        odd = torch.zeros(arguments[name].numel() + 1, dtype=torch.int8)[1:]
+        arguments[name] = odd.view(arguments[name].shape)
+        assert "no multiple of 4 bytes" in refuses(asked(arguments)), name
 
 
 def test_a_grid_that_does_not_fit_is_refused_with_the_numbers():

@@ -55,6 +55,17 @@ def test_the_tuner_keeps_the_fastest_and_writes_it_first(tmp_path, monkeypatch):
     assert written["append_kv"] == [list(e) for e in tuning.table(90)["append_kv"]]
 
 
+def test_the_tuner_varies_each_phase_of_a_decode_step():
+    values = tuning.config("decoder_step", 90, rows=1, bits=16)
+    tried = list(tune.neighbours(values))
+    moved = {name for one in tried for name in values if one[name] != values[name]}
+    assert moved == set(values), "every number of the table"
+    for name in tune.ALONE:
+        changed = [one for one in tried if one[name] != values[name]]
+        assert all(sum(one[k] != values[k] for k in values) == 1 for one in changed)
+        assert {one[name] for one in changed} == {2 * values[name], values[name] // 2} - {0}
+
+
 def test_the_tuner_goes_on_where_it_stopped():
     asked, finished = [], []
 

@@ -10,7 +10,7 @@ from minmo_kernels.dispatch import FLOATS, Op, Request, check, check_number, che
 from minmo_kernels.launch import cooperative, triton_backend
 from minmo_kernels.ops.append_kv import fitting, refuses_head_dim
 from minmo_kernels.ops.decoder_step.machine import BROKEN, reference
-from minmo_kernels.ops.linear_residual import rows_bucket
+from minmo_kernels.ops.linear_residual import MISALIGNED, loads_words, rows_bucket
 
 __all__ = ["BROKEN", "MOST_ROWS", "MOST_SPINS", "SPINS", "decoder_step", "new_sync"]
 
@@ -132,7 +132,10 @@ def decoder_step(
             capacity >= window - 1 + steps,
             lambda: f"{name}: a ring of {capacity} cannot hold a window of {window} and {steps} new positions",
         )
-    check(gate_up.dim() == 3, lambda: f"{name}: gate_up must have the shape (layers, 2 ffn, dim)")
+    check(
+        gate_up.dim() == 3 and gate_up.shape[1] % 2 == 0,
+        lambda: f"{name}: gate_up must have the shape (layers, 2 ffn, dim), got {tuple(gate_up.shape)}",
+    )
     wide, packed = gate_up.shape[1], (heads + 2 * kv_heads) * head_dim
     _check_shape(name, "v_cache", v_cache, tuple(k_cache.shape), x)
     for label, tensor in (("input_norm", input_norm), ("post_norm", post_norm)):
@@ -181,6 +184,7 @@ def decoder_step(
                 check_tensor(name, label, given, "n ids", device, torch.int32)
                 check(len(given) == size, lambda label=label, size=size: f"{name}: {label} must have {size} rows")
         check(-1 <= end < vocab, lambda: f"{name}: end must be an id below {vocab}, or -1, got {end}")
+        check(end >= 0 or most is None, lambda: f"{name}: where most is reached an entry gives end, which is -1 (none)")
         check(0 <= stream < 2**32, lambda: f"{name}: stream must be in 0 .. 2^32 - 1, got {stream}")
         check(repetition_limit >= 1, lambda: f"{name}: repetition_limit must be at least 1, got {repetition_limit}")
     # Where `most` ends an entry it may need less room than all steps would take.
@@ -217,6 +221,8 @@ def _refuses(request: Request) -> str | None:
         return f"one launch serves up to {MOST_ROWS} rows; more take the layers' own launches"
     if (reason := refuses_head_dim(request)) is not None:
         return reason
+    if not features["aligned"]:
+        return MISALIGNED
     if features["group"] > MOST_GROUP:
         return f"{features['group']} query heads share a kv head; it serves up to {MOST_GROUP}"
     if not features["cooperative"]:
@@ -227,13 +233,14 @@ def _refuses(request: Request) -> str | None:
 
 
 def _features(*args):
-    x, k_cache, heads, kv_heads, ring = args[0], args[8], args[31], args[32], args[36]
+    x, k_cache, head, heads, kv_heads, ring = args[0], args[8], args[18], args[31], args[32], args[36]
     return {
         "rows": rows_bucket(len(x)),
         "dim": k_cache.shape[4],
         "group": heads // kv_heads,
         "ring": ring,
-        "head": args[18] is not None,
+        "head": head is not None,
+        "aligned": all(map(loads_words, (args[2], args[4], args[6], args[7]))) and (head is None or loads_words(head)),
         "cooperative": _cooperative(x.device),
     }
 

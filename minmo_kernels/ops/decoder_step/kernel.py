@@ -69,7 +69,7 @@ def run(*arguments: Any) -> tuple[Tensor, Tensor]:
         given.down_scale, given.final_norm, given.head, given.head_scale, given.head_bias, given.embedding,
         given.k_cache, given.v_cache, lookup_table(rope_table, given.rope_theta, shape.head_dim, device=x.device),
         given.rows, given.lengths, given.seeds, given.positions, given.temperature, given.top_k, given.top_p,
-        given.history, given.banned, given.least, given.most,
+        given.history if recent else None, given.banned, given.least, given.most,
         stream, fresh(batch, width), fresh(batch, shape.parts, width, dtype=torch.float32),
         fresh(batch, shape.parts, shape.heads, dtype=torch.float32), fresh(batch, width), fresh(batch, shape.ffn),
         hidden, fresh(batch, vocab) if sampling else None, fresh(batch, vocab, dtype=torch.int32) if sampling else None,

@@ -243,8 +243,11 @@ SMALL = Shape(batch=2, layers=2, dim=3, heads=1, kv_heads=1, head_dim=1, ffn=1, 
 ONE = Tiles(qkv=1, out=1, gate_up=1, down=1, head=1)
 SHORT = replace(SMALL, layers=1)
 """What is explored where any wait may run out."""
-LISTED = (SMALL, replace(SMALL, merges_ahead=True), replace(SMALL, layers=1, steps=2))
-"""Two layers; with a phase that merges; two tokens."""
+LISTED = (
+    SMALL, replace(SMALL, merges_ahead=True), replace(SMALL, layers=1, steps=2),
+    replace(SMALL, vocab=0), replace(SMALL, vocab=0, norm=False),
+)  # fmt: skip
+"""Two layers; with a phase that merges; two tokens; a position without a head; and without the last norm."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +321,7 @@ def prove(grids: tuple[int, ...] = (2, 3)) -> Report:
             listed = program(shape, ONE, blocks)
             for late in (False, True):
                 name = f"{blocks} blocks, layers x tokens {shape.layers} x {shape.steps}, 3 launches, "
+                name += "" if shape.vocab else "no head, "
                 name += f"{len(listed)} instructions, stores {'late' if late else 'early'}"
                 verdict = check(listed, blocks, late=late)
                 if verdict.fault:

@@ -106,17 +106,25 @@ def rows_bucket(batch: int) -> int:
     return bucket_of(batch) if batch <= MOST_ROWS else MOST_ROWS + 1
 
 
+MISALIGNED = "an int8 or int4 weight starts at an address that is no multiple of 4 bytes; call .clone() on it"
+
+
+def loads_words(weight: Tensor) -> bool:
+    """Whether a weight can be loaded by words where it is int8 or int4."""
+    packed = weight.dtype in (torch.int8, torch.uint8)
+    return not packed or weight.device.type == "meta" or weight.data_ptr() % 4 == 0
+
+
 def decode_features(x: Tensor, weight: Tensor) -> dict[str, Any]:
     """What may decide the backend of a decode layer's projections: the bucket of the batch, and whether the words of an
     int8 or int4 weight can be loaded."""
-    words = weight.dtype not in (torch.int8, torch.uint8) or weight.device.type == "meta" or weight.data_ptr() % 4 == 0
-    return {"rows": rows_bucket(len(x)), "aligned": words}
+    return {"rows": rows_bucket(len(x)), "aligned": loads_words(weight)}
 
 
 def refuses_decode(request: Request) -> str | None:
     """Shared by the projections of a decode layer."""
     if not request.features["aligned"]:
-        return "an int8 or int4 weight starts at an address that is no multiple of 4 bytes; call .clone() on it"
+        return MISALIGNED
     if request.features["rows"] > MOST_ROWS:
         return f"a decode step has up to {MOST_ROWS} rows; more are prefill, which the library serves"
     return None
