@@ -33,6 +33,7 @@ from minmo.modules.duplex import DuplexPredictor
 from minmo.modules.voice_decoder import SPEECH_STREAM, Speech, VoiceDecoder
 from minmo.state import KVCache, State, advanced, nobody, unlooking, write_rows
 from minmo_kernels import launch
+from minmo_kernels.dispatch import as_usual
 from minmo_kernels.ops.decoder_step import BROKEN, SPINS, new_sync
 from minmo_kernels.ops.decoder_step.grid import misfit_of
 from minmo_kernels.tuning import bucket_of
@@ -140,7 +141,8 @@ class Stack:
 
 
 def _stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
-    """One tensor (layers, ...) of an attribute of each, which then are views of it. One layer's is copied at a time."""
+    """One tensor (layers, ...) of an attribute of each, which then are views of it: for a while that attribute alone is
+    held twice."""
     first = getattr(modules[0], name)
     whole = torch.empty((len(modules), *first.shape), dtype=first.dtype, device=first.device)
     for own, module in zip(whole, modules, strict=True):
@@ -151,7 +153,8 @@ def _stacked(modules: Sequence[nn.Module], name: str) -> Tensor:
 
 
 class OneLaunch:
-    """A step of a part, one launch where it may be.
+    """A step of a part, one launch where it may be: not where a backend is forced or error words are kept, which is
+    asked of a layer's operations.
 
     stack: of the part's layers. single, layered: the step with the stack on and off, graphed or not; signature: theirs.
     state: the step's own. chooses: rows of a call -> whether they go in one launch. fits: as of `graphs.Graphed`.
@@ -179,7 +182,7 @@ class OneLaunch:
     def __call__(self, *positional: Any, **named: Any) -> Any:
         bound = self._signature.bind(*positional, **named)
         rows, arguments = bound.arguments["rows"], bound.args
-        own = any(a is self._state for a in arguments)
+        own = any(a is self._state for a in arguments) and as_usual()
         if self.failed or not own or not self._fits(*arguments) or not self.chooses(len(rows)):
             return self.layered(*arguments)
         for kept, number in zip(self._kept, self._numbers, strict=True):

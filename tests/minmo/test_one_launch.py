@@ -109,7 +109,7 @@ def test_a_backbone_steps_in_one_launch_as_by_its_layers(graphed, monkeypatch):
 
 
 @torch.no_grad()
-def test_more_rows_and_other_states_go_layer_by_layer(monkeypatch):
+def test_more_rows_other_states_and_forced_backends_go_layer_by_layer(monkeypatch):
     part = made(Backbone, LM)
     state, foreign = part.initial_state(9, 4), part.initial_state(1, 4)
     launched_once(backbone_step(part, state), False, rows=(1,))
@@ -117,6 +117,9 @@ def test_more_rows_and_other_states_go_layer_by_layer(monkeypatch):
     for batch, own in ((9, state), (2, state), (1, foreign)):
         x, one = torch.randn(batch, 1, LM.dim), torch.ones(batch, dtype=torch.int32)
         part.step(x, one, own, torch.arange(batch, dtype=torch.int32))
+    x, one = torch.randn(1, 1, LM.dim), torch.ones(1, dtype=torch.int32)
+    with mk.use_backend("reference"):
+        part.step(x, one, state, one - 1)
 
 
 @pytest.mark.parametrize("graphed", [False, True])
