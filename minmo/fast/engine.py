@@ -115,7 +115,8 @@ class FastMinMo(MinMo):
         self._graphed: list[Graphed] = []
         if graphs == "auto" and self.device.type == "cuda":
             self._replay_with(CudaCapture)
-        self._graphed += install(decoder_steps(self, self._state), self._verdicts, limits)
+        self._single = install(decoder_steps(self, self._state), self._verdicts, limits)
+        self._graphed += [one.single for one in self._single if isinstance(one.single, Graphed)]
         # Kernels of another stream may hold what a single launch needs, and it what they need.
         self.overlaps = limits.overlap or not any(one.chosen for one in self._verdicts)
 
@@ -150,7 +151,7 @@ class FastMinMo(MinMo):
         ]
 
     def explain(self) -> str:
-        """How decoders take their steps, and by which results file, or that there is none."""
+        """How decoders take their steps, and by which results file, or that there is none; what has given up."""
         if self.device.type != "cuda":
             return "decoders step by PyTorch's operations: this engine is on a CPU"
         lines = [str(one) for one in self._verdicts]
@@ -160,6 +161,9 @@ class FastMinMo(MinMo):
                 f"one launch takes {self._limits.share:.0%} of the multiprocessors and gives up after "
                 f"{self._limits.spins:,} looks at a barrier; text and speech are computed {beside}"
             )
+        lines += [
+            f"{one.name}: a launch has given up, so all go layer by layer now" for one in self._single if one.failed
+        ]
         return "\n".join(lines)
 
     @property

@@ -377,22 +377,20 @@ def refusal(step: Step, stack: Stack, rows: int, sm: int, share: float) -> str |
     return misfit_of(record, sm, share)
 
 
-def install(steps: Sequence[Step], verdicts: Sequence[Verdict], limits: Limits) -> list[Graphed]:
-    """Makes single launches of the steps and rows that a plan has chosen, graphed where the step is -> the new
-    graphs."""
-    graphs: list[Graphed] = []
+def install(steps: Sequence[Step], verdicts: Sequence[Verdict], limits: Limits) -> list[OneLaunch]:
+    """Makes single launches of the steps and rows that a plan has chosen, graphed where the step is."""
+    made = []
     for step in steps:
         chosen = frozenset(one.rows for one in verdicts if one.part == step.name and one.chosen)
         if chosen:
-            put(step, step.build(step.part, limits), chosen, graphs)
-    return graphs
+            made.append(put(step, step.build(step.part, limits), chosen))
+    return made
 
 
-def put(step: Step, stack: Stack, chosen: frozenset[int], graphs: list[Graphed]) -> OneLaunch:
+def put(step: Step, stack: Stack, chosen: frozenset[int]) -> OneLaunch:
     """Puts single launches for these buckets of rows in the place of a part's step."""
     layered = getattr(step.part, step.method)
     single = layered.twin() if isinstance(layered, Graphed) else layered
-    graphs += [single] if isinstance(single, Graphed) else []
     signature = inspect.signature(getattr(type(step.part), step.method).__get__(step.part))
     one = OneLaunch(
         step.name, stack, single, layered, signature, step.state, lambda rows: bucket_of(rows) in chosen, step.fits

@@ -70,7 +70,7 @@ def launched_once(step, graphed, rows=(1, 2, 4, 8), limits=one_launch.DEFAULT):
     """Puts single launches in a step's place; `graphed`: with graphs, played."""
     if graphed:
         replay(step.part, step.method, step.state, StandIn(), 8, step.fits)
-    return one_launch.put(step, step.build(step.part, limits), frozenset(rows), [])
+    return one_launch.put(step, step.build(step.part, limits), frozenset(rows))
 
 
 def backbone_step(part, state):
@@ -327,3 +327,19 @@ def test_streams_overlap_only_where_two_launches_fit_side_by_side(share, overlap
     way = "beside one another" if overlaps else "one after the other"
     said = f"takes {share:.0%} of the multiprocessors and gives up after 5,000 looks at a barrier"
     assert said in engine.explain() and engine.explain().endswith(way)
+    engine._single.append(SimpleNamespace(name="LLM", failed=True))
+    assert "LLM: a launch has given up" in engine.explain()
+
+
+def test_only_what_the_plan_has_chosen_becomes_a_launch():
+    part, voice = made(Backbone, LM), made(VoiceDecoder, VOICE)
+    steps = [backbone_step(part, part.initial_state(3, 4)), voice_step(voice, voice.initial_state(3, 40))]
+    replay(part, "step", steps[0].state, StandIn(), 3, one_launch.one_position)
+    found = [
+        one_launch.Verdict(s.name, rows, s.name == "LLM" and rows > 1, "said") for s in steps for rows in (1, 2, 4)
+    ]
+    (one,) = one_launch.install(steps, found, one_launch.Limits(0.5, 9))
+    assert part.step is one and one.single is not one.layered, "graphs of its own"
+    assert [one.chooses(rows) for rows in (1, 2, 3, 4, 5)] == [False, True, True, True, False]
+    assert (one._stack.weights["share"], one._stack.weights["spins"]) == (0.5, 9)
+    assert "_round" not in vars(voice)
