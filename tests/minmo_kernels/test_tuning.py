@@ -56,7 +56,7 @@ def test_the_tuner_keeps_the_fastest_and_writes_it_first(tmp_path, monkeypatch):
 
 
 def test_the_tuner_varies_each_phase_of_a_decode_step():
-    values = tuning.config("decoder_step", 90, rows=1, bits=16)
+    values = tuning.config("decoder_step", 90, rows=1, bits=16, head=True)
     tried = list(tune.neighbours(values))
     moved = {name for one in tried for name in values if one[name] != values[name]}
     assert moved == set(values), "every number of the table"

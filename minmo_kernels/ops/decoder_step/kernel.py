@@ -42,7 +42,9 @@ def run(*arguments: Any) -> tuple[Tensor, Tensor]:
     if batch == 0:
         return torch.empty_like(x), tokens
     sm, bucket = target(x), tuning.bucket_of(batch)
-    values = tuning.config("decoder_step", sm, rows=bucket, bits=weight_bits(given.qkv))
+    values = tuning.config(
+        "decoder_step", sm, rows=bucket, bits=weight_bits(given.qkv), head=given.head is not None
+    )  # fmt: skip
     tile = dict(values)
     shape = given.shape(values["PARTS"], merges_ahead(bucket, given.out))
     tile["QKV_N"] = min(tile["QKV_N"], shape.head_dim)
