@@ -25,6 +25,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 LIMIT = 470
 """Seconds that a stage may take."""
+SANITIZERS = ("memcheck", "racecheck", "synccheck")
 WATCHED = 90
 """Seconds that a line of single launches may take before its process is killed."""
 KERNEL_TESTS = [f"tests/minmo_kernels/test_{name}.py" for name in ("triton", "decode_layer", "decoder_step")]
@@ -133,21 +134,23 @@ def _single_launches(results: Any, deadline: float) -> bool:
 
 
 def sanitize(path: Path) -> int:
-    """A few examples of every kernel under compute-sanitizer's memory checker."""
-    tool = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", "--target-processes", "all"]
-    command = [*tool, sys.executable, "-m", "pytest", "-x", KERNEL_TESTS[0], "-k", "as_good"]
+    """A few examples of every kernel under each of compute-sanitizer's tools, which share the time."""
     environment = {**os.environ, "MINMO_EXAMPLES": "4", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    log = path.with_suffix(".log")
-    with log.open("w") as out:
-        try:
-            status = subprocess.run(
-                command, cwd=ROOT, env=environment, timeout=LIMIT, stdout=out, stderr=out
-            ).returncode
-        except subprocess.TimeoutExpired:
-            status = 124
-    path.write_text(json.dumps({"exit": status, "tail": log.read_text()[-4000:]}, indent=1) + "\n")
-    log.unlink()
-    return status
+    log, found = path.with_suffix(".log"), dict[str, Any]()
+    for name in SANITIZERS:
+        tool = ["compute-sanitizer", "--tool", name, "--error-exitcode", "9", "--target-processes", "all"]
+        command = [*tool, sys.executable, "-m", "pytest", "-x", KERNEL_TESTS[0], "-k", "as_good"]
+        with log.open("w") as out:
+            try:
+                status = subprocess.run(
+                    command, cwd=ROOT, env=environment, timeout=LIMIT / len(SANITIZERS), stdout=out, stderr=out
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = 124
+        found[name] = {"exit": status, "tail": log.read_text()[-4000:]}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        log.unlink()
+    return next((result["exit"] for result in found.values() if result["exit"]), 0)
 
 
 STAGES = {"test": test, "tune": tune, "bench": bench, "steps": steps, "sanitize": sanitize}
