@@ -99,25 +99,22 @@ def begun_turns(bands: np.ndarray, events: Sequence[Event], length: int) -> list
     user's channel, the mean log-mel of each LLM position."""
     check_events(events, length)
     onset, found, opened, replying = Onset(), list[Begun](), 0, False
-    taken = {position(e.end) for e in _answered(events)}
-    over = {position(e.end) for e in events if e.kind == "assistant"}
+    users, replies = ([e for e in events if e.kind in kinds] for kinds in (USER_TURNS, ("assistant",)))
+    taken = {position(e.end) for e in users[: len(replies)]}
+    over = {position(e.end) for e in replies}
+    cut = {position(e.end) for e, user in zip(replies, users[1:], strict=False) if user.kind == "barge_in"}
     for at, band in enumerate(bands):
         onset.hear(band, replying)
         if (ticks := onset.begun()) is not None:
             found.append(Begun(at, max(opened, at + 1 - ticks)))
         if at in over:
             replying = False
-            onset.reply_over()
+            if at not in cut:  # what cuts a reply loses none of its words
+                onset.reply_over()
         if at in taken:
             opened, replying = at + 1, True
             onset.new_turn()
     return found
-
-
-def _answered(events: Sequence[Event]) -> list[Event]:
-    """The user's turns that a reply follows."""
-    users, replies = ([e for e in events if e.kind in kinds] for kinds in (USER_TURNS, ("assistant",)))
-    return users[: len(replies)]
 
 
 def samples(dialogue: str, events: Sequence[Event], length: int, begun: Sequence[Begun] = ()) -> list[Sample]:

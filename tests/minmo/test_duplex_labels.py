@@ -195,6 +195,8 @@ def test_a_session_begins_turns_with_their_voices():
     assert begun_turns(echo, events, 90 * TICK) == [Begun(11, 6), Begun(31, 26), Begun(71, 66)], "an echo is forgotten"
     echo[60:70] = 3 * MARGIN
     assert [b.at for b in begun_turns(echo, events, 90 * TICK)] == [11, 31, 62], "unless it goes on"
+    events[3] = ticks("barge_in", 55, 80)
+    assert [b.at for b in begun_turns(echo, events, 90 * TICK)] == [11, 31], "or the user cut the reply"
 
 
 @settings(max_examples=300)

@@ -142,18 +142,29 @@ def test_the_losses_are_sums_over_supervised_positions(model, builder):
 
 
 UNTOLD = tuple(dataclasses.replace(event, text="") for event in EVENTS)
+ECHOING = (
+    ticks("user", 2.5, 6.5),
+    ticks("assistant", 8, 26),
+    ticks("barge_in", 24.5, 30),
+    ticks("assistant", 32, 48),
+)
 
 
-@pytest.mark.parametrize("remembered", [0, 100])
-def test_training_decides_what_a_conversation_decides(model, monkeypatch, remembered):
-    """A conversation hears the channel tick by tick, takes turns where the dialogue does and is cut where that cuts it;
-    its predictor's decisions at every tick are those that training computes."""
+@pytest.mark.parametrize(("remembered", "events", "echo"), [(0, UNTOLD, 0.0), (100, UNTOLD, 0.0), (0, ECHOING, 0.1)])
+def test_training_decides_what_a_conversation_decides(model, monkeypatch, remembered, events, echo):
+    """A conversation hears the channel tick by tick, takes turns where the dialogue does, is cut where that cuts it and
+    heard to its end elsewhere; its predictor's decisions at every tick are those that training computes."""
     monkeypatch.setattr(model, "config", dataclasses.replace(model.config, remembered=remembered))
-    cut = dialogue_cut(dialogue("one", 1, UNTOLD))
+    spoken = dialogue("one", 1, events)
+    for event in events:
+        if event.kind == "assistant":
+            size = event.end - event.start
+            spoken.user[event.start : event.end] += echo * np.random.default_rng(2).standard_normal(size)
+    cut = dialogue_cut(spoken)
     channel, decide, live = cut.load_audio()[0].astype(np.float32), steps.decide, []
-    take, stop = (
-        {position(e.end) for e in EVENTS if e.kind in kinds} for kinds in (("user", "barge_in"), ("assistant",))
-    )
+    take = {position(e.end) for e in events if e.kind in ("user", "barge_in")}
+    over = {position(e.end) for e in events if e.kind == "assistant"}
+    stop = {p for p in over if any(e.kind == "barge_in" and position(e.start) <= p <= position(e.end) for e in events)}
 
     def scripted(*given):
         live.append(decide(*given)[0, 0].tolist())
@@ -166,6 +177,8 @@ def test_training_decides_what_a_conversation_decides(model, monkeypatch, rememb
     for samples in channel[: len(channel) // TICK * TICK].reshape(-1, TICK):
         replying.append(conversation.phase is not Phase.LISTENING)
         conversation.tick(samples)
+        if len(live) - 1 in over - stop:
+            conversation._finished(conversation._answer)
         while conversation.next_step == "read":  # nothing of the reply is written
             conversation.step()
     conversation.close()
@@ -180,7 +193,7 @@ def test_training_decides_what_a_conversation_decides(model, monkeypatch, rememb
             if label != UNSUPERVISED and sample.replying == replying[p]:
                 compared[sample.replying] += 1
                 assert ours == pytest.approx(live[p], abs=1e-4), (sample, p)
-    assert compared[True] >= 30 and compared[False] >= 20
+    assert compared[True] >= 30 and compared[False] >= 12
 
 
 def test_a_batch_is_bounded_and_its_turns_are_drawn(builder):
