@@ -62,12 +62,15 @@ class History:
             exchange.number = number
         return len(self.exchanges)
 
+    def holds(self, number: int) -> bool:
+        """Whether the exchange of a reply is remembered."""
+        return any(exchange.number == number for exchange in self.exchanges)
+
     def remove(self, number: int) -> None:
         """Forgets the exchange of a reply. Raises ValueError where it is not remembered."""
-        kept = [exchange for exchange in self.exchanges if exchange.number != number]
-        if len(kept) == len(self.exchanges):
+        if not self.holds(number):
             raise ValueError(f"the exchange of reply {number} is not remembered: it was forgotten, or never was")
-        self.exchanges = kept
+        self.exchanges = [exchange for exchange in self.exchanges if exchange.number != number]
 
     def close(self, number: int) -> Exchange:
         """The open turn is answered by the reply of that number: an exchange, as yet without it; another turn opens."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from minmo.config import SAMPLE_RATE, TICK, is_real
 from minmo.conversation.conversation import Conversation
-from minmo.conversation.events import Event, Fault, Interrupted, ReplyDone, TextDelta
+from minmo.conversation.events import Event, Fault, Interrupted, ReplyDone, TextDelta, TurnTaken
 from minmo.conversation.events import Sound as SoundEvent
 from minmo.conversation.settings import Settings
 from minmo.conversation.turn_taking import Phase, TurnTaking
@@ -166,6 +166,8 @@ class _Turns:
         self._conversation = Conversation(model, settings, turn_taking, max_positions=max_positions)
         self._waiting: Sound = np.zeros(0, np.float32)
         self._end_ms = self._spent = self._resumed = 0.0
+        self._answered = False
+        """Whether a turn has been."""
 
     def take(self, piece: VoiceInput) -> Iterator[VoiceOutput]:
         """Hears a piece, and gives what may be sent by its end."""
@@ -186,7 +188,7 @@ class _Turns:
             yield from self._tick(np.pad(self._waiting, (0, TICK - rest)))
         yield from self._rest()
         conversation = self._conversation
-        if conversation.history.open and (conversation.voiced or not conversation.history.exchanges):
+        if conversation.history.open and (conversation.voiced or not self._answered):
             yield from self._outputs(conversation.take_turn())
             yield from self._rest()
 
@@ -213,6 +215,7 @@ class _Turns:
         for event in events:
             if isinstance(event, Fault):
                 raise FloatingPointError(event.why)
+            self._answered |= isinstance(event, TurnTaken)
         text = "".join(event.text for event in events if isinstance(event, TextDelta))
         sounds = [event.audio for event in events if isinstance(event, SoundEvent)]
         done, cut = (any(isinstance(event, kind) for event in events) for kind in (ReplyDone, Interrupted))

@@ -129,7 +129,8 @@ async def retrieve_item(session: Session, event: Json) -> None:
 
 
 async def delete_item(session: Session, event: Json) -> None:
-    """The context holds exchanges, so both sides of one go; what is not yet answered goes with the open turn."""
+    """The context holds exchanges, so both sides of one go, if it holds theirs; what is not yet answered goes with the
+    open turn."""
     item = session.items.get(event["item_id"])
     if session.response is not None and item.reply == session.response.reply:
         raise ProtocolError("the item is being answered; cancel the response first", "item_in_progress", "item_id")
@@ -138,7 +139,7 @@ async def delete_item(session: Session, event: Json) -> None:
     if number is None:
         await session.clear()
     elif number != FORGOTTEN:
-        await session.do(lambda conversation: conversation.remove(number))
+        await session.do(lambda conversation: conversation.remove(number) if conversation.history.holds(number) else [])
     for other in gone:
         session.items.delete(other)
         session.send({"type": "conversation.item.deleted", "item_id": other.id})

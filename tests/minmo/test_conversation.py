@@ -495,6 +495,16 @@ def test_full_duplex_hears_on_while_it_speaks(model, script):
     assert spoken > (200 + 11 * 80) * 24 and len(last.audio) > 80 * 24, "what is left at the end comes at once"
 
 
+@pytest.mark.parametrize("remembered", [0, 100])
+def test_what_follows_the_only_turn_of_a_stream_is_none(model, script, monkeypatch, remembered):
+    """Not even for a model that remembers no turn."""
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, remembered=remembered))
+    script(*[NEITHER] * 6, TAKE, TAKE)
+    ticks = np.concatenate([sound(2, level=1e-4), sound(4), sound(8, level=1e-4)])
+    outputs = list(minmo.full_duplex(model, [minmo.VoiceInput(ticks.ravel(), 0.0)], GREEDY, max_positions=300))
+    assert [o.final for o in outputs].count(True) == 1
+
+
 def test_a_client_holds_a_conversation_with_a_recording(model, script):
     """Interrupted in its reply: what it plays stops then, and the log says what happened when."""
     script(*[NEITHER] * 11, TAKE, *[NEITHER] * 12, STOP)

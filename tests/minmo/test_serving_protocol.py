@@ -161,6 +161,21 @@ def test_typed_turns_in_text(serve, scripted, client):
     assert c.error()["code"] == "item_not_found"
 
 
+def test_what_the_model_has_forgotten_may_be_deleted(serve, scripted, client):
+    """As after every reply of a model that remembers none."""
+    running = serve(scripted())
+    c = client(running)
+    item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "two plus two"}]}
+    c.send("conversation.item.create", item=item)
+    c.send("response.create")
+    answer = c.until("response.done")[-1]["response"]["output"][0]["id"]
+    conversation = running.scheduler.opened[0].conversation
+    conversation.history.exchanges.clear()
+    c.send("conversation.item.delete", item_id=answer)
+    gone = [c.until("conversation.item.deleted")[-1] for _ in range(2)]
+    assert gone[1]["item_id"] == answer and conversation.removed == []
+
+
 @pytest.mark.parametrize("name", ["audio/pcmu", "audio/pcma"])
 def test_telephones(serve, scripted, client, name):
     running = serve(scripted(reply_s=0.8))
