@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 import minmo
 from minmo.console import shown
@@ -60,7 +60,7 @@ def tables(results: Results) -> list[Table]:
     about = results.about
     weights = about["weights"] if about["trained"] else f"UNTRAINED: {about['weights']}; the scores mean nothing"
     scores = Table(
-        "task", "material", "measure", "heard by", "score", "95 %", "n", "of",
+        "task", Column("material", overflow="fold"), "measure", "heard by", "score", "95 %", "n", "of",
         title=_cell(f"{about['model']}: {weights}"),
     )  # fmt: skip
     for row in results.rows:

@@ -232,6 +232,8 @@ def _hours(hours: float) -> str:
 
 
 def _right(table: Table, console: Console) -> None:
+    for column in table.columns:
+        column.overflow = "fold"  # a name that was cut short would be another's
     for column in table.columns[1:-1]:
         column.justify = "right"
     console.print(table)
