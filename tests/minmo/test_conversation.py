@@ -113,12 +113,12 @@ def from_scratch(model, conversation, max_positions):
 
 
 def greedy_reply(conversation):
-    """The tokens that answer the turn as it stands."""
+    """What answers the turn as it stands."""
     conversation.settings = dataclasses.replace(conversation.settings, speak=False)
-    conversation.take_turn()
+    events = conversation.take_turn()
     while conversation.phase is not Phase.LISTENING:
-        conversation.step()
-    return conversation.history.exchanges[-1].reply
+        events += conversation.step()
+    return "".join(event.text for event in of(TextDelta, events))
 
 
 def assert_as_from_scratch(model, conversation, max_positions=300):
@@ -157,14 +157,23 @@ decisions = st.lists(st.sampled_from(MOMENTS), min_size=8, max_size=28)
 
 
 @settings(max_examples=8)
-@given(decisions=decisions, seed=st.integers(0, 99), fast=st.booleans(), step_every=st.integers(1, 3))
-def test_whatever_happened_the_state_is_as_if_from_scratch(model, engine, decisions, seed, fast, step_every):
+@given(
+    decisions=decisions,
+    seed=st.integers(0, 99),
+    fast=st.booleans(),
+    step_every=st.integers(1, 3),
+    remembered=st.sampled_from([0, 1, 100]),
+)
+def test_whatever_happened_the_state_is_as_if_from_scratch(
+    model, engine, decisions, seed, fast, step_every, remembered
+):
     """Turns are taken and replies cut at any time, text is typed, turns and exchanges removed, with work between all
     ticks or some: in the end the context is what a session would hold that had read the history alone."""
     with pytest.MonkeyPatch.context() as patch:
         decided = [NEITHER if callable(d) else d for d in decisions]
         patch.setattr(steps, "decide", Script(TAKE, *decided, STOP))
         used = engine if fast else model
+        patch.setattr(used, "config", dataclasses.replace(used.config, remembered=remembered))
         conversation = Conversation(used, GREEDY, AT_ONCE, max_positions=300)
         for n, (samples, decision) in enumerate(zip(sound(len(decisions) + 2, seed), [0, *decisions, 0], strict=True)):
             if callable(decision):
