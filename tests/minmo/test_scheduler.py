@@ -5,6 +5,7 @@ The weights are random and the predictor's decisions given; no test asserts a du
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import os
 import threading
@@ -377,12 +378,13 @@ def test_a_thread_that_fails_leaves_nobody_waiting(engine, monkeypatch):
     assert not engine._seated
 
 
-def test_a_long_conversation_neither_grows_nor_drifts(scheduler, decisions):
+@pytest.mark.parametrize("speak", [False, True])
+def test_a_long_conversation_neither_grows_nor_drifts(scheduler, decisions, speak):
     """Of 16 s; `MINMO_SIMULATED_S=7200 pytest -k neither_grows` holds one of two hours, as fast as the machine can."""
     ticks = int(float(os.environ.get("MINMO_SIMULATED_S", "16")) * 12.5) // 100 * 100
-    client = Client(scheduler, TEXT)
+    client = Client(scheduler, dataclasses.replace(TEXT, speak=speak))
     decisions.plan(client.conversation, ([NEITHER] * 9 + [TAKE]) * (ticks // 10))
-    heard, held = 0, []
+    heard, held, replies = 0, [], 0
 
     def tensors():
         gc.collect()
@@ -394,7 +396,9 @@ def test_a_long_conversation_neither_grows_nor_drifts(scheduler, decisions):
         heard += sum(isinstance(e, Decision) for e in client.events)
         assert client.conversation.now_ms == heard * 80.0 == (n + 1) * 2_000.0
         assert len(client.conversation.history.open) <= client.conversation._longest
+        replies += len(client.of(ReplyDone))
         client.events.clear()
         if n % (ticks // 100) == ticks // 100 - 1:
             held.append(tensors())
     assert held[-1] <= held[1] + 32_768, "once the context has filled up for the first time"
+    assert replies > ticks // 40
