@@ -53,7 +53,7 @@ class Budget:
     block_tokens: int = 5
     prefill: int = 64
     speaking: float = 0.5
-    usable: float = 0.7
+    usable: float = 0.65
 
     @classmethod
     def measure(cls, model: FastMinMo, most: int, repeats: int = 3) -> Budget:
