@@ -198,6 +198,8 @@ class Line:
         step = self._conversation.next_step
         if step != self._step:
             self._step, self._since = step, now
+        if not self._conversation.opened:
+            return self._since  # its ticks wait for it
         if step == "read" or not self._conversation.speaks:
             return self._since + READ_S
         buffered = self._conversation.buffered_ms

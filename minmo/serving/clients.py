@@ -11,6 +11,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ WIRE_RATE = 24_000
 LEVELS = (1, 2, 4, 8, 16, 32)
 SECONDS_A_TURN = 3
 OPEN_SECONDS = 10.0
+ENDS_S = 5.0
+"""How long the sessions of one level may take to end before the next begins."""
 CONDITIONS = Conditions(pause=0.0, backchannel=0.0, burst=0.0, barge_in=0.4, snr_db=(None,), echo_db=(None,))
 
 
@@ -242,6 +245,14 @@ def _metrics(url: str, key: str | None) -> dict[str, float]:
     return found
 
 
+def _quiet(url: str, key: str | None) -> dict[str, float]:
+    """The metrics of a server whose last clients' sessions have ended, or after ENDS_S."""
+    until = time.monotonic() + ENDS_S
+    while (found := _metrics(url, key)).get("minmo_sessions", 0.0) and time.monotonic() < until:
+        time.sleep(0.1)
+    return found
+
+
 @dataclass
 class Level:
     """One level of concurrency: what its clients saw, and what the server counted meanwhile."""
@@ -271,7 +282,7 @@ def run_levels(
     conditions = replace(CONDITIONS, turns=max(2, int(seconds / SECONDS_A_TURN)))
     found = []
     for sessions in levels:
-        before = _metrics(metrics, key)
+        before = _quiet(metrics, key)
         users = [ReactiveUser(Material(said), conditions, seed, index) for index in range(sessions)]
 
         async def together(users: list[ReactiveUser] = users) -> list[Seen]:

@@ -299,8 +299,9 @@ def test_the_nearest_deadline_goes_first():
     scheduler.budget = Budget({1: 1.0}, {1: 10.0}, {1: 5.0}, {1: 30.0, 2: 36.0, 4: 80.0}, *[{1: 20.0}] * 3)
     now = time.perf_counter()
 
-    def line(step, buffered_ms=0.0, waits_s=0.0, speaks=True):
-        found = Line(scheduler, SimpleNamespace(next_step=step, buffered_ms=buffered_ms, speaks=speaks), print, False)
+    def line(step, buffered_ms=0.0, waits_s=0.0, speaks=True, opened=True):
+        conversation = SimpleNamespace(next_step=step, buffered_ms=buffered_ms, speaks=speaks, opened=opened)
+        found = Line(scheduler, conversation, print, False)
         found._step, found._since = step, now - waits_s
         return found
 
@@ -310,6 +311,9 @@ def test_the_nearest_deadline_goes_first():
     first = line("write")
     scheduler._lines = [a, b, first, line("read")]
     assert scheduler._next_work() == ("write", [first]), "who has not been heard at all"
+    begins = line("read", opened=False)
+    scheduler._lines = [a, b, line("read"), begins]
+    assert scheduler._next_work() == ("read", [begins, scheduler._lines[2]]), "its ticks wait for it; the other joins"
     late = line("read", waits_s=30.0)
     scheduler._lines = [a, first, late, line("write", speaks=False)]
     assert scheduler._next_work() == ("read", [late])
