@@ -36,9 +36,8 @@ class Budget:
     that a session's assistant speaks.
 
     usable: share of the time that may be planned for; the rest is for what steps do beside computing, and for chance.
-    Measured with nano, users who ask every 5 s, and the engine's own CPU time on an AMD EPYC as the clock: 5 sessions
-    that need .68 had 0 of 2,500 ticks late; where steps are given a fifth more, 4 at .65 had 0 of 1,200, 5 at .78 1 of
-    1,500, 8 at 1.17 11 of 2,400.
+    Measured with nano on two cores of an AMD EPYC, sockets and users on the same: four users, who needed about .58, had
+    0 of 1,493 ticks late in two runs and 6 in a third; six, who needed .68, had 20 of 2,243.
     """
 
     tick: Mapping[int, float]
