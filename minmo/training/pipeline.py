@@ -148,8 +148,10 @@ class _Pipeline:
         finally:
             for child, _ in running.values():
                 child.send_signal(signal.SIGINT)  # what is being saved becomes whole
-            for child, _ in running.values():
+            for stage, (child, _) in running.items():
                 child.wait()
+                if self.done(stage):  # it came to its end meanwhile
+                    self.finish(stage)
             signal.signal(signal.SIGTERM, before)
 
     def launch(self, stage: str, threads: int) -> subprocess.Popen[bytes]:

@@ -36,7 +36,7 @@ from minmo.serving import cluster  # noqa: E402
 from minmo.serving.guard import Limits  # noqa: E402
 from minmo.serving.plan import FREE, Plan  # noqa: E402
 
-WAIT_S = 120
+WAIT_S = 400
 KEYS = ("k" * 32, "j" * 32)
 SILENCE = base64.b64encode(bytes(2 * 1920)).decode()
 SESSIONS = 3
