@@ -10,6 +10,7 @@ import os
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -57,9 +58,20 @@ def language_patched_once():
     import triton.language as tl
     from triton.runtime import interpreter
 
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def rounded_once(builder, a, b, d, *how):
+        """A dot's sum of products in fp64: in fp32 its order, and so its error, would be that of this machine's BLAS,
+        which is no kernel's."""
+        if d.data.dtype != np.float32 or a.data.dtype.kind != "f" or b.data.dtype.kind != "f":
+            return dot(builder, a, b, d, *how)
+        wide = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64)) + d.data
+        return interpreter.TensorHandle(wide.astype(np.float32), d.dtype.scalar)
+
     scope = interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", rounded_once)
         yield
     scope.restore()
 
