@@ -142,8 +142,8 @@ def samples(dialogue: str, events: Sequence[Event], length: int, begun: Sequence
                 taken = user.start if user.kind == "barge_in" else reply.end + turn_delay(dialogue, turn)
                 point, stop = min(taken, user.end), user.end
             listening = (*closed[:-1], (closed[-1][0], ""))
-            spans = (range(begin, position(stop)), (begin, position(point)), None)
-            found += _parts(listening, since, *spans, begun)
+            open_turn = range(begin, position(stop))
+            found += _parts(listening, since, open_turn, (begin, position(point)), None, begun)
         stop = length
         if user:
             stop = min([user.end + ANSWER_GAP, length, *(start for start in voices if start > user.end)])

@@ -68,9 +68,9 @@ def count_turns(model: MinMo, cut: Any) -> Turns:
     if model.tokenizer is None:
         raise ValueError(f"{model.config.name} has no tokenizer.json; load a checkpoint directory that holds one")
     builder, objective = Builder(model.config, model.tokenizer), DuplexObjective(model).eval()
-    samples = builder.open_turns(cut, load_sound(cut))
+    samples = builder.open_turns(cut, sound := load_sound(cut))
     with torch.inference_mode():
-        logits = objective.logits(builder.duplex([cut], most=len(samples))).float()
+        logits = objective.logits(builder.listened([sound], [(0, sample) for sample in samples])).float()
     turns = Turns()
     _count(turns, cut, _whole(samples, torch.softmax(logits, dim=-1)[..., 1]))
     return turns

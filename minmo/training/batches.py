@@ -130,8 +130,8 @@ class Builder:
         seeds = torch.from_numpy(self.generator(cuts[0].id).integers(0, 2**62, len(cuts)))
         return SoundBatch(audio, f0, seeds)
 
-    def duplex(self, cuts: Sequence[Any], most: int = MOST_TURNS) -> DuplexBatch:
-        """Open user turns of dialogues, `most` samples of them, with what a session would have heard and said before.
+    def duplex(self, cuts: Sequence[Any]) -> DuplexBatch:
+        """Open user turns of dialogues, at most MOST_TURNS samples, with what a session has heard and said before them.
 
         Raises ValueError where sound would be augmented: labels are times of the sound as it is.
         """
@@ -139,9 +139,14 @@ class Builder:
             raise ValueError("the times of a dialogue's events do not bear augmentation: remove `augment`")
         sounds = [load_sound(cut) for cut in cuts]
         turns = [(n, sample) for n, cut in enumerate(cuts) for sample in self.open_turns(cut, sounds[n])]
-        if len(turns) > most:
-            drawn = self.generator(f"{cuts[0].id} turns").choice(len(turns), most, replace=False)
+        if len(turns) > MOST_TURNS:
+            drawn = self.generator(f"{cuts[0].id} turns").choice(len(turns), MOST_TURNS, replace=False)
             turns = [turns[i] for i in sorted(drawn)]
+        return self.listened(sounds, turns)
+
+    def listened(self, sounds: Sequence[np.ndarray], turns: Sequence[tuple[int, Sample]]) -> DuplexBatch:
+        """sounds: the users' channels of dialogues, (n,) float32 16 kHz; turns: samples, each with its dialogue's
+        place."""
         heard: dict[tuple[int, int], int] = {}
         """Of each stream of the encoder, a dialogue and where it began: the position where nobody needs more of it."""
         for n, sample in turns:
@@ -161,7 +166,7 @@ class Builder:
 
     def open_turns(self, cut: Any, sound: np.ndarray) -> list[Sample]:
         """The samples of a dialogue whose user's channel is `sound`, as far as this model remembers exchanges."""
-        mel, frames = self.frontend(*padded([torch.from_numpy(sound)]))
+        mel, _ = self.frontend(*padded([torch.from_numpy(sound)]))
         complete = len(sound) // TICK
         bands = mel[0, : complete * FRAMES].unflatten(0, (complete, FRAMES)).mean(dim=1).numpy()
         begun = begun_turns(bands, events_of(cut), len(sound))
