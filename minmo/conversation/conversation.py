@@ -254,10 +254,11 @@ class Conversation:
     @torch.inference_mode()
     def take_turn(self) -> list[Event]:
         """Answers what was heard, without waiting for the predictor. Raises ValueError where there is nothing, and
-        RuntimeError while a reply is running."""
-        self._finish_reading()
+        RuntimeError while a reply is running: until its end has been told."""
         if not self.history.open:
             raise ValueError("nothing was heard since the last turn: there is nothing to answer")
+        self._finish_told()
+        self._finish_reading()
         self._floor.take()
         return self._take()
 
@@ -287,14 +288,17 @@ class Conversation:
     @torch.inference_mode()
     def remove(self, number: int) -> list[Event]:
         """Forgets the exchange of the reply with that number. Raises ValueError where it is not remembered, and while
-        that reply is running."""
-        if self._answer is not None and self._answer.number == number:
+        that reply is running: until its end has been told."""
+        answer = self._answer
+        if answer is not None and answer.number == number and not answer.told:
             raise ValueError(f"reply {number} is running: stop it before its exchange is removed")
         self.history.remove(number)
-        if self._answer is None:
+        if answer is None:
             self._floor.correct()
             self._branches.reread()
-        self._changed = self._answer is not None
+        else:
+            self._changed = True
+            self._finish_told()
         return []
 
     @torch.inference_mode()
@@ -311,8 +315,7 @@ class Conversation:
         if answer is None:
             return []
         events = self._send(self._playback.rest(self._now))
-        if answer.told:
-            self._finished(answer)
+        self._finish_told()
         return events
 
     @torch.inference_mode()
@@ -548,6 +551,11 @@ class Conversation:
         answer.told = True
         whole = len(answer.ids) < answer.settings.max_text_tokens
         return ReplyDone(self.now_ms, answer.number, self.tokenizer.decode(answer.ids), whole)
+
+    def _finish_told(self) -> None:
+        """Nobody waits for the last moments of a reply whose end has been told: they count as heard."""
+        if self._answer is not None and self._answer.told:
+            self._finished(self._answer)
 
     def _finish_reading(self) -> None:
         while self._branches.reading is not None:

@@ -40,6 +40,7 @@ WAIT_S = 400
 KEYS = ("k" * 32, "j" * 32)
 SILENCE = base64.b64encode(bytes(2 * 1920)).decode()
 SESSIONS = 3
+REFUSALS = {"invalid_request", "conversation_already_has_active_response"}
 
 
 class Client:
@@ -76,14 +77,18 @@ class Client:
         self.socket.send(json.dumps({"type": kind, **fields}))
 
     def until(self, *kinds, since=0):
-        """-> the first event of those kinds that came after so many others."""
+        """-> the first event of those kinds that came after so many others. Fails at once where what was asked for
+        was refused."""
 
         def found():
             return next((e for _, e in self.events[since:] if e["type"] in kinds), None)
 
+        def refused():
+            return [e for _, e in self.events[since:] if e["type"] == "error" and e["error"]["code"] in REFUSALS]
+
         with self.came:
-            assert self.came.wait_for(lambda: found() or self.closed, WAIT_S), f"no {kinds}"
-            assert found(), (kinds, self.closed, [e for _, e in self.events[-3:]])
+            assert self.came.wait_for(lambda: found() or self.closed or refused(), WAIT_S), f"no {kinds}"
+            assert found(), (kinds, self.closed, [e.get("error", e["type"]) for _, e in self.events[since:]])
             return found()
 
     def until_closed(self):

@@ -250,6 +250,27 @@ def test_a_reply_that_ends_stays_whole_and_the_next_turn_follows(model, script):
     assert_as_from_scratch(model, conversation)
 
 
+@pytest.mark.parametrize("asked", [Conversation.take_turn, lambda c: c.remove(0)])
+def test_once_a_replys_end_is_told_all_may_be_asked_for(model, script, asked):
+    """Its last 200 ms may still be on their way to the user's ear."""
+    script(NEITHER, TAKE, *[NEITHER] * 60)
+    conversation = Conversation(model, GREEDY, AT_ONCE, max_positions=300)
+    while not of(ReplyDone, run(conversation, sound(1))):
+        pass
+    assert conversation.phase is Phase.SPEAKING and conversation.buffered_ms
+    whole = list(conversation._answer.ids)
+    type_some(conversation)
+    asked(conversation)
+    if conversation.phase is Phase.TAKING:
+        first, second = conversation.history.exchanges
+        assert first.reply == whole and second.typed
+        run(conversation, sound(1))
+        conversation.stop()
+    else:
+        assert not conversation.history.exchanges
+    assert_as_from_scratch(model, conversation)
+
+
 def test_a_text_reply_is_over_once_it_is_written(model, script):
     script(NEITHER, TAKE)
     conversation = Conversation(model, dataclasses.replace(GREEDY, speak=False), AT_ONCE, max_positions=300)

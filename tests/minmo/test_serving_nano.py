@@ -146,6 +146,26 @@ def test_push_to_talk_and_cancel(serve, scheduler):
     assert said and ANSWER.startswith(said)
 
 
+def test_once_a_response_is_done_the_next_may_be_asked_for(serve, scheduler):
+    """Also while the last of its sound is still on its way to the ear; and that what was said may be deleted."""
+
+    async def ask(connection, text):
+        item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}]}
+        await connection.conversation.item.create(item=item)
+        await connection.response.create()
+        return (await until(connection, "response.done"))[-1].response.output[0]
+
+    async def talk(connection):
+        await connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
+        said = [await ask(connection, f"{n} plus two") for n in ("one", "two")]
+        await connection.conversation.item.delete(item_id=said[-1].id)
+        await until(connection, "conversation.item.deleted")
+        return [item.content[0].transcript for item in said]
+
+    said = run(serve(scheduler, drawing=DRAWING).url, talk)
+    assert said == ["one plus two is three", "two plus two is four"]
+
+
 def test_an_error_in_the_engine(serve, scheduler, monkeypatch):
     """Who shared the step is told and sent away; the next session is served."""
     url, hear = serve(scheduler, drawing=DRAWING).url, steps.hear
