@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import wait
 from pathlib import Path
 
 import numpy as np
@@ -414,11 +415,18 @@ def test_no_space_left_is_told_before_the_next_save(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
+    saves, save = [], checkpoints.Checkpoints.save
+
+    def noted(self, *args, **options):
+        save(self, *args, **options)
+        saves.append(self._pending)
+
     def until_it_failed(calls):
-        while calls == 4 and list(tmp_path.glob("*.tmp")):
-            time.sleep(0.01)
+        if calls == 4:
+            wait(saves)
 
     monkeypatch.setattr(checkpoints.os, "rename", full)
+    monkeypatch.setattr(checkpoints.Checkpoints, "save", noted)
     toy = Toy(act=until_it_failed)
     with pytest.raises(TrainingError, match=r"MB are free there; \[Errno 28\] No space left .* is none: make room"):
         fit(toy, loader(), settings(save_every=3), tmp_path)
