@@ -314,7 +314,7 @@ def a_replica_dies(port, logs, enter):
     survivor.send("conversation.item.create", item={"type": "message", "role": "user", "content": content})
     survivor.send("response.create")
     survivor.until("response.output_audio.delta", since=since)
-    time.sleep(1.0)  # by then the store has the victim's turn
+    time.sleep(3.0)  # by then the store has the victim's turn
     os.kill(replica_of(victim, logs), signal.SIGKILL)
     victim.until_closed()
     stranger = resumed(port, victim, KEYS[1])
