@@ -81,6 +81,7 @@ class _Answer:
     flowed: bool = False
     told: bool = False
     """Whether its end has been told."""
+    cut: bool = False
     total_ms: float | None = None
     """All its sound, once it is complete."""
 
@@ -138,14 +139,16 @@ class Conversation:
         self._samples = self._drawn = 0
         self._sounds: deque[np.ndarray] = deque(maxlen=KEPT_SOUND)
         self._answer: _Answer | None = None
-        self._interrupted: _Answer | None = None
-        """The newest reply, where it was cut."""
+        self._over: _Answer | None = None
+        """The newest reply, once it is over, and until the next turn is taken."""
         self._fault = ""
         self._changed = False
         """Whether an exchange that precedes the running reply was removed: all is read anew after it."""
         settings.seeds(1)
         history = History() if history is None else history
         self._replies = history.number()
+        if history.open:
+            self._onset.go_on()
         voice_positions = 2 + self._longest + (1 + settings.max_speech_ratio) * settings.max_text_tokens
         self._seats = model.join(2, max_positions, voice_positions)
         # A turn, its reply and the turn that opens while it is spoken fit behind what is remembered.
@@ -319,17 +322,22 @@ class Conversation:
         return events
 
     @torch.inference_mode()
-    def played(self, reply: int, ms: float) -> None:
-        """The client has played so much of a reply. Of one that was cut it may still say so, until the next turn is
-        taken: the context is then read again with less of it. Other replies do not matter any more.
+    def played(self, reply: int, ms: float, last: bool = False) -> None:
+        """The client has played so much of a reply; `last`: and will play no more of it. Of one that was cut it may
+        still say so, and the last of one that was not, until the next turn is taken: the context is then read again
+        with less of it. Other replies do not matter any more.
 
         Raises ValueError for more than was sent.
         """
-        answer = self._answer or self._interrupted
-        if answer is None or answer.number != reply:
+        if last:
+            self._finish_told()
+        answer = self._answer or self._over
+        if answer is None or answer.number != reply or not (last or answer.cut or answer is self._answer):
             return
+        if last:
+            self._playback.acknowledged = None  # whatever was said before
         self._playback.acknowledge(int(ms * self.rate / 1e3))
-        if answer is self._interrupted and (tokens := self._tokens_heard(answer)) < len(answer.exchange.reply):
+        if answer is self._over and (tokens := self._tokens_heard(answer)) < len(answer.exchange.reply):
             answer.exchange.reply = answer.ids[:tokens]
             self._floor.correct()
             self._branches.reread()
@@ -381,9 +389,10 @@ class Conversation:
             self._trim(self._longest // 2)
 
     def _heard_voice(self, bands: np.ndarray) -> list[Event]:
-        """Stamps the begin and the end of a voice. A turn begins with its first one, also while a reply is running."""
+        """Stamps the begin and the end of a voice. A turn begins with its first one, also while a reply is running;
+        where turns are taken by request all that is said since the last one is of it."""
         events, onset = list[Event](), self._onset
-        if onset.hear(bands, replying=self._answer is not None):
+        if onset.hear(bands, replying=self._answer is not None and not self.turn_taking.by_request):
             began = SpeechStarted(self.now_ms, _ms(onset.began))
             events.append(began if onset.voice else SpeechStopped(self.now_ms, _ms(onset.ended)))
         free = self._branches.reading is None and not self.history.typed
@@ -433,9 +442,10 @@ class Conversation:
             TextStream(self.tokenizer),
             self.model.config.flow.first_frames,
         )
-        self._interrupted = None
+        self._over = None
         self._replies += 1
-        ended = _ms(self._onset.last) if self._onset.turn is not None and not exchange.typed else self.now_ms
+        spoken = self._onset.turn is not None and self._onset.last and not exchange.typed
+        ended = _ms(self._onset.last) if spoken else self.now_ms
         self._onset.new_turn()
         return [TurnTaken(self.now_ms, self._answer.number, ended)]
 
@@ -447,7 +457,7 @@ class Conversation:
         heard = 1e3 * playback.heard / self.rate
         playback.drop()
         self._end(answer, self._tokens_heard(answer))
-        self._interrupted = answer
+        answer.cut = True
         since: list[float | None] = [None, None, None]
         if self._onset.voice:
             sounded = playback.last_sent is not None
@@ -467,7 +477,8 @@ class Conversation:
         """The reply was heard to its end."""
         self._floor.give_way()
         self._end(answer, len(answer.ids))
-        self._onset.reply_over()
+        if not self.turn_taking.by_request:
+            self._onset.reply_over()
 
     def _end(self, answer: _Answer, tokens: int) -> None:
         """The reply is over; so many of its tokens were heard, and go into the context."""
@@ -476,7 +487,7 @@ class Conversation:
             self._branches.reread()
         else:
             self._branches.rejoin(answer.begins + tokens)
-        self._answer, self._changed = None, False
+        self._answer, self._changed, self._over = None, False, answer
 
     def _fail(self, why: str) -> list[Event]:
         self._fault = why

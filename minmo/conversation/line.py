@@ -84,6 +84,8 @@ class Line:
         self._pieces: list[np.ndarray] = []
         self._count = 0
         """Samples in `_pieces`: of a tick that is not complete."""
+        self.dropped_ms = 0.0
+        """Sound that was given and will never be heard: it was cleared before."""
         self._paced = 0.0
         """When the next tick would be due in real time."""
         self._ended = ""
@@ -159,6 +161,8 @@ class Line:
             while self._inbox and isinstance(self._inbox[-1], Tick):
                 self._inbox.pop()
                 self._paced -= PACE_S
+                self._count += TICK
+            self.dropped_ms += 1e3 * self._count / SAMPLE_RATE
             self._pieces, self._count = [], 0
             return self.do(Conversation.clear, after_sound=True)
 

@@ -53,6 +53,11 @@ class TurnTaking:
             if not is_whole(value) or not 1 <= value <= 100:
                 raise ValueError(f"{name} counts ticks of 80 ms and must lie between 1 and 100, got {value!r}")
 
+    @property
+    def by_request(self) -> bool:
+        """Whether the predictor has no say."""
+        return self.answer is None and self.stop is None
+
 
 EAGERNESS = {
     "low": TurnTaking(answer=0.7, answer_ticks=6, stop=0.5, stop_ticks=2),

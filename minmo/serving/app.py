@@ -114,7 +114,7 @@ class Server:
         """One connection, from its request to its end."""
         try:
             key = self.guard.admit(websocket)
-            self.hall.check_room(key)
+            self.hall.check_room(key, websocket.query_params.get("resume"))
         except Denied as denied:
             self.metrics.connections.labels(denied.code).inc()
             log("denied", code=denied.code)

@@ -16,6 +16,7 @@ from minmo.conversation.scheduler import Action, Line, Scheduler
 from minmo.serving.connection import Connection
 from minmo.serving.guard import Denied, Limits
 from minmo.serving.protocol import error_event
+from minmo.serving.response import Wishes
 from minmo.serving.session import Session
 from minmo.serving.settings import SessionSettings
 from minmo.serving.store import Kept, Store, StoreError
@@ -41,11 +42,13 @@ class Hall:
         self._saving: dict[Session, asyncio.Task[None]] = {}
         self.draining = False
 
-    def check_room(self, key: str) -> None:
-        """Raises Denied where a key has as many sessions as it may, or none may begin."""
+    def check_room(self, key: str, token: str | None = None) -> None:
+        """Raises Denied where a key has as many sessions as it may, beside that of a token, or none may begin."""
         if self.draining:
             raise Denied(503, "draining", "this server is ending; connect again in a while")
-        if sum(owner == key for owner, _ in self.live.values()) >= self._limits.sessions_per_key:
+        resumed = None if token is None else self._tokens.get(token)
+        others = sum(owner == key and session is not resumed for session, (owner, _) in self.live.items())
+        if others >= self._limits.sessions_per_key:
             raise Denied(
                 429, "too_many_sessions", f"a key may have {self._limits.sessions_per_key} sessions at once; end one"
             )
@@ -74,6 +77,7 @@ class Hall:
                 session.items, session.conversation_id = kept.items, kept.conversation_id
             session.begin(await self._open(session, None if kept is None else kept.history))
             if kept is not None:
+                await session.do(_drawing_by(session.drawing(Wishes.of(None, kept.settings))))
                 for text in kept.unanswered:
                     await session.do(_typing(text))
                 session.renumber(kept.numbers)
@@ -123,6 +127,8 @@ class Hall:
 
         def put_away(conversation: Conversation) -> list[Event]:
             events = conversation.stop() if conversation.phase in (Phase.TAKING, Phase.SPEAKING) else []
+            if not conversation.voiced and conversation.turn_taking.answer is not None:
+                events = events + conversation.clear()  # silence, before which no turn has begun
             kept.append(_kept(session, conversation))
             return events
 
@@ -208,6 +214,14 @@ class Hall:
 
 def _kept(session: Session, conversation: Conversation) -> Kept:
     return Kept.of(session.settings, session.items, session.conversation_id, conversation)
+
+
+def _drawing_by(settings: Settings) -> Action:
+    def change(conversation: Conversation) -> list[Event]:
+        conversation.settings = settings
+        return []
+
+    return change
 
 
 def _typing(text: str) -> Action:

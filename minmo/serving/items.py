@@ -68,6 +68,16 @@ class Item:
             if (over := len(self.sound) - int(MOST_MS * self.bytes_per_ms)) > 0:
                 del self.sound[:over]
 
+    def split(self, ms: float) -> bytes:
+        """Takes the last so many milliseconds of its sound away -> them, as far as they are kept."""
+        size = min(len(self.sound or b""), 2 * round(ms * self.bytes_per_ms / 2))
+        self.sound_ms -= size / self.bytes_per_ms
+        if self.sound is None or not size:
+            return b""
+        rest = bytes(self.sound[-size:])
+        del self.sound[-size:]
+        return rest
+
     def truncate(self, ms: float) -> None:
         """Only so much of its sound was heard: the rest goes, and the transcript, which nobody can cut to the word."""
         self.sound_ms, self.text = ms, None

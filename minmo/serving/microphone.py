@@ -22,19 +22,30 @@ class Microphone:
     """Seconds are those of a steady clock; milliseconds count the conversation's sound."""
 
     def __init__(self) -> None:
-        self._until = 0.0
+        self._until = self._ended = 0.0
+        """When the sound that has come is over, silence in its place included, and without."""
         self._heard_ms = self._silent_ms = 0.0
         self._gaps: deque[tuple[float, float]] = deque()
         """(at which millisecond of the conversation, how long) silence was put in, the newest."""
 
     def came(self, now: float, ms: float) -> None:
         """The client sent so much sound."""
-        self._until = max(now, self._until) + ms / 1e3
+        self._until = self._ended = max(now, self._until) + ms / 1e3
         self._heard_ms += ms
 
     def rest(self, now: float) -> None:
-        """The client has ended its turn: time goes on from here, whatever sound came ahead of it."""
-        self._until = min(self._until, now)
+        """The user's turn is over: time goes on from here, whatever sound came ahead of it."""
+        self._until, self._ended = min(self._until, now), min(self._ended, now)
+
+    def dropped(self, ms: float) -> None:
+        """So much of what came will never be heard: it was cleared before."""
+        self._heard_ms -= ms
+        self._silent_ms -= ms
+
+    @property
+    def heard_ms(self) -> float:
+        """What has come, and silence in its place, in all."""
+        return self._heard_ms
 
     def missing(self, now: float) -> int:
         """Ticks of silence that are due now; they count as heard."""
@@ -60,8 +71,8 @@ class Microphone:
         return self._heard_ms - at_ms
 
     def since(self, now: float) -> float:
-        """Seconds since the client's sound ended."""
-        return max(0.0, now - self._until)
+        """Seconds since the client's own sound ended."""
+        return max(0.0, now - self._ended)
 
     def client_ms(self, at_ms: float) -> int:
         """A time of the conversation as milliseconds of the sound that the client sent."""

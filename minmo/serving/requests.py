@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
+from minmo.config import SAMPLE_RATE
 from minmo.conversation import Conversation
 from minmo.conversation.events import Event
 from minmo.conversation.line import MOST_WAITING_S
@@ -85,9 +86,14 @@ async def commit(session: Session, event: Json) -> None:
 
 
 async def clear(session: Session, event: Json) -> None:
-    session.decoder.flush()
+    session.microphone.dropped(1e3 * len(session.decoder.flush()) / SAMPLE_RATE)
+    unanswered = [item for item in session.items if item.reply is None]
     await session.clear()
     session.send({"type": "input_audio_buffer.cleared"})
+    for item in unanswered:
+        if item.reply == FORGOTTEN:  # no turn was taken meanwhile: the context holds it no more
+            session.items.delete(item)
+            session.send({"type": "conversation.item.deleted", "item_id": item.id})
 
 
 async def create_item(session: Session, event: Json) -> None:
@@ -159,7 +165,7 @@ async def truncate_item(session: Session, event: Json) -> None:
         # Sound is sent at the speed of speech, so who has stopped playing truncates a response that still runs.
         with contextlib.suppress(RuntimeError):  # it was over meanwhile
             await session.do(lambda conversation: conversation.stop())
-    await played(session, item.reply, ms)
+    await played(session, item.reply, ms, last=True)
     item.truncate(ms)
     session.send(
         {"type": "conversation.item.truncated", "item_id": item.id, "content_index": 0, "audio_end_ms": int(ms)}
@@ -211,11 +217,11 @@ async def acknowledge(session: Session, event: Json) -> None:
     session.send({"type": "playback.acknowledged", "response_id": response.id, "playback": playback})
 
 
-async def played(session: Session, reply: int, ms: float) -> None:
-    """So much of a reply was heard: what the context keeps of it."""
+async def played(session: Session, reply: int, ms: float, last: bool = False) -> None:
+    """So much of a reply was heard, and where it is the last, no more will be: what the context keeps of it."""
 
     def acknowledge(conversation: Conversation) -> list[Event]:
-        conversation.played(reply, ms)
+        conversation.played(reply, ms, last)
         return []
 
     await session.do(acknowledge)

@@ -97,6 +97,8 @@ class Session:
         """Whether such a pause has ended the turn, which is about to be taken: sound that comes now is not of it."""
         self._judge: Floor | None = None
         """Decides which turns are over, where they are not answered by themselves."""
+        self._judged = False
+        """Whether it has, and no voice was noticed since."""
         self.updated(settings)
 
     def as_json(self) -> Json:
@@ -153,13 +155,15 @@ class Session:
 
     def updated(self, settings: SessionSettings) -> None:
         """Goes on with other settings."""
+        before = self.settings.turn_detection
         if settings.input_format != self.settings.input_format:
             self.hear(self.decoder.flush())
             self.decoder = Encoding(settings.input_format, SAMPLE_RATE, to_wire=False)
             self.settings = settings
             self.input = self._next_input()
-        self.settings, self._pause_ends_ms = settings, None
-        detection = settings.turn_detection
+        self.settings, detection = settings, settings.turn_detection
+        if detection != before:
+            self._pause_ends_ms = None
         judges = detection is not None and detection.kind == "semantic_vad" and not detection.create_response
         self._judge = Floor(eagerness(detection.eagerness)) if detection is not None and judges else None
 
@@ -184,7 +188,7 @@ class Session:
     def tick(self) -> None:
         """To be called every 80 ms: where the client sends no sound, silence is heard."""
         now = self.clock()
-        idle = self._phase is Phase.LISTENING and self.response is None
+        idle = self._phase is Phase.LISTENING and self.response is None and self._pause_ends_ms is None
         if self.line is None or (idle and self.microphone.since(now) > ATTENTION_S):
             return
         if self.microphone.ahead_ms(self._at_ms) > BEHIND_MS:
@@ -210,12 +214,15 @@ class Session:
     async def clear(self) -> None:
         """What the client has sent since the last turn is forgotten."""
         if self.line is not None:
-            await asyncio.wrap_future(self.line.clear())
+            before, clearing = self.line.dropped_ms, self.line.clear()
+            self.microphone.dropped(self.line.dropped_ms - before)
+            await asyncio.wrap_future(clearing)
         for item in self.items:
             if item.reply is None:
                 item.reply = FORGOTTEN
         self.input = self._next_input()
-        self._voice_ms, self._pause_ends_ms, self._paused = None, None, False
+        self._voice_ms, self._pause_ends_ms = None, None
+        self._paused = self._judged = False
 
     # From the conversation.
 
@@ -244,12 +251,12 @@ class Session:
         if event.phase is not Phase.LISTENING or self.response is not None:
             return
         self._tell_voice()
-        if self._judge is not None and self._judge.hear(event.answer, event.stop):
-            self._judge = Floor(self._judge.settings)
-            self._turn_over(event.at_ms)
+        if self._judge is not None and not self._judged and self._judge.hear(event.answer, event.stop):
+            self._judge, self._judged = Floor(self._judge.settings), True
+            self._turn_over(event.at_ms, event.at_ms)
         if self._pause_ends_ms is not None and event.at_ms >= self._pause_ends_ms:
             self._pause_ends_ms = None
-            self._turn_over(event.at_ms)
+            self._turn_over(event.at_ms, event.at_ms)
             detection = self.settings.turn_detection
             if detection is not None and detection.create_response:
                 self._paused = True
@@ -257,12 +264,14 @@ class Session:
 
     def _speech_started(self, event: SpeechStarted) -> None:
         self._voice_ms, self._voice_told, self._pause_ends_ms = event.audio_start_ms, False, None
-        self._paused = False
+        self._paused = self._judged = False
         detection = self.settings.turn_detection
         if detection is None:
             return
         by_loudness = detection.kind == "server_vad"
-        if by_loudness and detection.interrupt_response and self._phase in (Phase.TAKING, Phase.SPEAKING):
+        # A reply that was begun since the last tick is not in the phase that was told with it.
+        replying = self.response is not None or self._phase in (Phase.TAKING, Phase.SPEAKING)
+        if by_loudness and detection.interrupt_response and replying:
             self.stopping = "turn_detected"
             self._without_waiting(lambda conversation: conversation.stop())
         # A client stops playing at `speech_started`: while a reply sounds, the predictor says whether it shall.
@@ -287,17 +296,23 @@ class Session:
             self.send({"type": "input_audio_buffer.speech_stopped", "audio_end_ms": ended, "item_id": self.input.id})
         self._voice_ms = None
 
-    def _turn_over(self, at_ms: float) -> None:
-        """The user's turn ends here, by whoever's decision."""
+    def _turn_over(self, at_ms: float, heard_ms: float) -> None:
+        """The user's turn ends here, by whoever's decision, taken when so much had been heard: much that has come since
+        is of the next turn."""
         self._tell_voice()
         self._tell_voice_end(at_ms)
+        microphone = self.microphone
+        late = microphone.client_ms(microphone.heard_ms) - microphone.client_ms(heard_ms)
+        rest = self.input.split(late) if late > BEHIND_MS else b""
         if self.input.sound_ms:
             self.commit()
+        self.input.add_sound(rest)
 
     def _turn_taken(self, event: TurnTaken) -> None:
         if not self._paused:
-            self._turn_over(event.voice_ended_ms)
-        self._paused = False
+            self._turn_over(event.voice_ended_ms, event.at_ms)
+        self._paused = self._judged = False
+        self.microphone.rest(self.clock())  # the reply is heard from here, whatever sound came ahead
         wishes, self.wishes = self.wishes or Wishes.of(None, self.settings), None
         self.stopping = "client_cancelled"
         response = Response(event.reply, wishes, self.conversation_id, self._rate, self.send)
@@ -308,26 +323,33 @@ class Session:
             if item.reply is None:
                 item.reply = event.reply
         response.begin(self.items.add(response.item))
+        own = [item for item in self.items if item.reply == event.reply and item.role == "user"]
+        if any(item.kind == "input_text" for item in own):
+            for item in own:
+                self._tell_transcript(item, "", "some of its turn was typed")
 
     def _user_text(self, event: UserText) -> None:
-        item = next((i for i in self.items if i.reply == event.reply and i.kind == "input_audio"), None)
-        if item is None:
-            return
-        item.heard = event.text
+        text = event.text
+        for item in [i for i in self.items if i.reply == event.reply and i.kind == "input_audio"]:
+            item.heard = text
+            self._tell_transcript(item, text, event.fault)
+            text = ""  # of a turn of several items the first has all its words
         self.changed.set()
-        if not self.settings.transcription:
+
+    def _tell_transcript(self, item: Item, text: str, fault: str) -> None:
+        if not self.settings.transcription or item.kind != "input_audio":
             return
         told: Json = {"item_id": item.id, "content_index": 0}
         kind = "conversation.item.input_audio_transcription"
-        if event.fault:
-            error = {"type": "server_error", "code": "transcription_failed", "message": event.fault, "param": None}
+        if fault:
+            error = {"type": "server_error", "code": "transcription_failed", "message": fault, "param": None}
             self.send({"type": f"{kind}.failed", **told, "error": error})
             return
-        item.text = event.text
-        if event.text:
-            self.send({"type": f"{kind}.delta", **told, "delta": event.text})
+        item.text = text
+        if text:
+            self.send({"type": f"{kind}.delta", **told, "delta": text})
         usage = {"type": "duration", "seconds": round(item.sound_ms / 1e3, 3)}
-        self.send({"type": f"{kind}.completed", **told, "transcript": event.text, "usage": usage})
+        self.send({"type": f"{kind}.completed", **told, "transcript": text, "usage": usage})
 
     def _text(self, event: TextDelta) -> None:
         if self.response is not None:

@@ -58,6 +58,10 @@ class Onset:
         """Another turn begins with the next tick."""
         self.turn, self._turns_ticks, self._told = None, self._ticks, False
 
+    def go_on(self) -> None:
+        """The open turn has begun before the first tick."""
+        self.turn, self._told = 0, True
+
     def reply_over(self) -> None:
         """A reply was heard to its end: a voice that has been there for long was its echo, or let it go on."""
         if self.turn is not None and self._ticks * TICK - self.turn > JUST_BEGUN:

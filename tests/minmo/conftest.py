@@ -33,6 +33,7 @@ class ScriptedConversation:
         self.replies = self.history.number()
         self.heard = 0  # ticks since the last turn
         self.acknowledged, self.typed_texts, self.removed = [], [], []
+        self.voiced = True
 
     @property
     def settings(self):
@@ -77,7 +78,7 @@ class ScriptedConversation:
     def heard_replies(self):
         return {exchange.number: "three and four" for exchange in self.history.exchanges}
 
-    def played(self, reply, ms):
+    def played(self, reply, ms, last=False):
         self.acknowledged.append((reply, ms))
 
 
@@ -89,7 +90,7 @@ class ScriptedLine:
         self.conversation = ScriptedConversation(self, settings, turn_taking, history)
         self.samples, self.ticks, self.closed, self.heard_samples = np.zeros(0, np.float32), 0, False, 0
         self.voice, self.loud, self.quiet, self.fault = False, 0, 0, ""
-        self.reply, self.sent = None, 0
+        self.reply, self.sent, self.dropped_ms = None, 0, 0.0
 
     # The scheduler's face.
 
@@ -123,6 +124,7 @@ class ScriptedLine:
         return future
 
     def clear(self):
+        self.dropped_ms += len(self.samples) / 16
         self.samples = self.samples[:0]
         return self.do(lambda conversation: conversation.clear())
 

@@ -271,6 +271,40 @@ def test_once_a_replys_end_is_told_all_may_be_asked_for(model, script, asked):
     assert_as_from_scratch(model, conversation)
 
 
+@pytest.mark.parametrize("later", [0, 10])
+def test_the_last_that_was_played_counts_also_of_a_whole_reply(model, script, later):
+    """A client truncates a reply whose end was told; what it acknowledges on the way to the end is not the last."""
+    script(NEITHER, TAKE, *[NEITHER] * 60)
+    conversation = Conversation(model, GREEDY, AT_ONCE, max_positions=300)
+    while not of(ReplyDone, run(conversation, sound(1))):
+        pass
+    run(conversation, sound(later))
+    conversation.played(0, 80.0)
+    whole = len(conversation._answer.ids if conversation._answer else conversation.history.exchanges[0].reply)
+    conversation.played(0, 500.0, last=True)
+    run(conversation, sound(4))
+    assert conversation.phase is Phase.LISTENING and 0 < len(conversation.history.exchanges[0].reply) < whole
+    assert_as_from_scratch(model, conversation)
+
+
+@pytest.mark.parametrize("said", [6, 60])
+def test_by_request_all_that_is_said_during_a_reply_is_of_the_next_turn(model, said):
+    """Whether the voice ends while it is heard, or goes on after it."""
+    conversation = Conversation(model, GREEDY, BY_REQUEST, max_positions=400)
+    conversation.typed("two plus two")
+    conversation.take_turn()
+    while not of(Sound, run(conversation, sound(1, level=1e-4))):
+        pass
+    heard = 0
+    while conversation.phase is not Phase.LISTENING or heard < said:
+        run(conversation, sound(1, heard, 0.1 if heard < said else 1e-4))
+        heard += 1
+    before = len(conversation.history.open)
+    assert before >= said
+    run(conversation, sound(4))
+    assert len(conversation.history.open) == before + 4
+
+
 def test_a_text_reply_is_over_once_it_is_written(model, script):
     script(NEITHER, TAKE)
     conversation = Conversation(model, dataclasses.replace(GREEDY, speak=False), AT_ONCE, max_positions=300)

@@ -59,6 +59,30 @@ def test_resume(serve, scripted, client):
     assert late.error()["code"] == "session_not_found" and late.closed()[0] == 1008
 
 
+def test_a_session_in_text_is_resumed_in_text(serve, scripted, client):
+    """And its replies are as short as they were."""
+    running = serve(scripted(reply_s=0.5))
+    c = client(running, "?duplex=1")
+    c.send("session.update", session={"type": "realtime", "output_modalities": ["text"], "max_output_tokens": 7})
+    c.until("session.updated")
+    c.socket.close()
+    again = client(running, f"?resume={c.greeting['resume_token']}")
+    assert again.greeting["session"]["output_modalities"] == ["text"]
+    again.say(VOICE, SILENCE, SILENCE)
+    assert not of("response.output_audio.delta", again.until("response.done"))
+    drawn = running.scheduler.opened[1].conversation.settings
+    assert not drawn.speak and drawn.max_text_tokens == 7
+
+
+def test_who_has_all_sessions_that_may_be_resumes_one_of_them(serve, scripted, client):
+    """Its connection may be lost, of which the server does not know yet."""
+    running = serve(scripted(), limits=Limits(sessions_per_key=1))
+    c = client(running, "?duplex=1")
+    with pytest.raises(InvalidStatus):
+        client(running, "?resume=another")
+    assert client(running, f"?resume={c.greeting['resume_token']}").greeting["type"] == "session.resumed"
+
+
 def test_two_sockets_for_one_session(serve, scripted, client):
     """The later one has it; the other is told."""
     running = serve(scripted(reply_s=30))

@@ -29,6 +29,7 @@ SUM = minmo.load_audio(str(resources.files("minmo") / "assets" / "sum.wav"))
 ANSWER = "five plus three is eight"
 SILENCE = np.zeros(16_000, np.float32)
 DRAWING = minmo.Settings(temperature=0.0, max_text_tokens=16)
+GREETINGS = []
 WAIT_S = 600
 """How long a test waits for what must come: machines may be slow."""
 
@@ -51,7 +52,8 @@ def run(url, talk, **options):
     async def connected():
         client = openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1")
         async with client.realtime.connect(model="nano", **options) as connection:
-            assert (await connection.recv()).type == "session.created"
+            GREETINGS.append(await connection.recv())
+            assert GREETINGS[-1].type in ("session.created", "session.resumed")
             return await asyncio.wait_for(talk(connection), WAIT_S)
 
     return asyncio.run(connected())
@@ -164,6 +166,48 @@ def test_once_a_response_is_done_the_next_may_be_asked_for(serve, scheduler):
 
     said = run(serve(scheduler, drawing=DRAWING).url, talk)
     assert said == ["one plus two is three", "two plus two is four"]
+
+
+def test_who_clears_what_was_not_heard_yet_is_answered_on(serve, scheduler):
+    """Push to talk: a recording is sent at once, and taken back. The clock goes on without it."""
+
+    async def talk(connection):
+        await connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
+        await say(connection, SUM, SUM)
+        await connection.input_audio_buffer.clear()
+        item = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "two plus two"}]}
+        await connection.conversation.item.create(item=item)
+        await connection.response.create()
+        return await until(connection, "response.done")
+
+    done = run(serve(scheduler, drawing=DRAWING).url, talk)[-1].response
+    assert done.status == "completed" and done.output[0].content[0].transcript == "two plus two is four"
+
+
+def test_an_unanswered_question_outlives_its_connection(serve, scheduler):
+    """It is still there when more is said after the client has come back."""
+    url = serve(scheduler, drawing=DRAWING).url
+
+    async def begin(connection):
+        await connection.session.update(session={"type": "realtime", "audio": {"input": {"turn_detection": None}}})
+        await say(connection, SUM)
+        await connection.input_audio_buffer.commit()
+        return len(await heard(len(SUM)))
+
+    async def go_on(connection):
+        tone = 0.2 * np.sin(2 * np.pi * 300 / 16_000 * np.arange(8000)).astype(np.float32)
+        await say(connection, SILENCE, tone, SILENCE)
+        return len(await heard(2 * len(SILENCE) + len(tone)))
+
+    async def heard(samples):
+        conversation = scheduler._lines[-1]._conversation
+        while conversation.now_ms < samples // 1280 * 80:
+            await asyncio.sleep(0.02)
+        return conversation.history.open
+
+    before = run(url, begin, extra_query={"duplex": "1"})
+    assert before > 15
+    assert run(url, go_on, extra_query={"resume": GREETINGS[-1].resume_token}) > before + 25
 
 
 def test_an_error_in_the_engine(serve, scheduler, monkeypatch):

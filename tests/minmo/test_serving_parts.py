@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -15,9 +18,49 @@ import minmo  # noqa: E402
 from minmo.conversation import Phase  # noqa: E402
 from minmo.conversation import events as E  # noqa: E402
 from minmo.serving.microphone import Microphone  # noqa: E402
-from minmo.serving.session import Session  # noqa: E402
+from minmo.serving.session import ATTENTION_S, Session  # noqa: E402
 from minmo.serving.settings import SessionSettings  # noqa: E402
 from minmo.serving.sound import FORMATS, Encoding  # noqa: E402
+
+
+def test_a_voice_in_the_tick_after_the_pause_stops_the_reply():
+    """With server_vad. It is told before the tick's phase is."""
+    sent, asked = [], []
+    vad = {"type": "realtime", "audio": {"input": {"turn_detection": {"type": "server_vad"}}}}
+    settings = SessionSettings("nano", 64).updated(vad)
+    session = Session(settings, minmo.Settings(max_text_tokens=64), 24_000, sent.append, print)
+    session.begin(SimpleNamespace(do=lambda action: asked.append(action) or Future()))
+    session.input.sound_ms = 1000.0
+    session.on_events([E.SpeechStarted(240.0, 80.0), E.Decision(240.0, 0.0, 0.0, Phase.LISTENING)])
+    session.on_events([E.SpeechStopped(1640.0, 1000.0), E.Decision(1640.0, 0.0, 0.0, Phase.LISTENING)])
+    assert len(asked) == 1, "to take the turn"
+    session.on_events([E.TurnTaken(1640.0, 0, 1000.0)])
+    session.on_events([E.SpeechStarted(1720.0, 1560.0), E.Decision(1720.0, 0.0, 0.0, Phase.TAKING)])
+    assert len(asked) == 2, "to stop the reply"
+
+
+def test_a_turn_without_a_reply_is_over_once():
+    """However sure the predictor stays in the silence after it, in which sound goes on to come."""
+    sent = []
+    vad = {"type": "semantic_vad", "create_response": False}
+    settings = SessionSettings("nano", 64).updated({"type": "realtime", "audio": {"input": {"turn_detection": vad}}})
+    session = Session(settings, minmo.Settings(max_text_tokens=64), 24_000, sent.append, print)
+    for turn in (1, 2):
+        session.on_events([E.SpeechStarted(240.0, 80.0)])
+        for tick in range(30):
+            session.input.add_sound(bytes(3840))
+            session.on_events([E.Decision(tick * 80.0, 0.99, 0.0, Phase.LISTENING)])
+        assert kinds(sent).count("input_audio_buffer.committed") == turn
+
+
+def test_a_silent_client_is_listened_to_for_a_while():
+    microphone, now, ticks = Microphone(), 100.0, 0
+    microphone.came(now, 1000.0)
+    for _ in range(1500):  # two minutes
+        now += 0.08
+        if microphone.since(now) <= ATTENTION_S:
+            ticks += microphone.missing(now)
+    assert ATTENTION_S - 1 < 0.08 * ticks < ATTENTION_S + 1
 
 
 def test_a_voice_that_goes_on_through_the_turn():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 
 import numpy as np
 import pytest
@@ -132,6 +133,82 @@ def test_turns_without_replies(serve, scripted, client):
     assert "response.created" not in kinds(c.until("conversation.item.done"))
     c.send("response.create")
     c.until("response.done")
+
+
+def test_two_turns_that_came_at_once_are_two_items(serve, scripted, client):
+    """As after a stall of the network. Their transcripts come, too, and a retrieved item has its own sound alone."""
+    c = client(serve(scripted(reply_s=0.3)))
+    c.update(transcription={"model": "nano"})
+    c.say(np.concatenate([VOICE, SILENCE, SILENCE, VOICE, VOICE, SILENCE, SILENCE]))
+    came = c.until("response.done") + c.until("response.done")
+    told = [e["item_id"] for e in of("conversation.item.input_audio_transcription.completed", came)]
+    committed = [e["item_id"] for e in of("input_audio_buffer.committed", came)]
+    assert committed == told and len(told) == 2
+    seconds = []
+    for name in committed:
+        c.send("conversation.item.retrieve", item_id=name)
+        (content,) = c.until("conversation.item.retrieved")[-1]["item"]["content"]
+        seconds.append(len(base64.b64decode(content["audio"])) / 48_000)
+    assert 1.2 < seconds[0] < 2.5 and 3.5 < seconds[1] < 6.5 and sum(seconds) < 7.1
+
+
+def test_every_committed_item_gets_its_transcript(serve, scripted, client):
+    """Of two in one turn the first has all words; of a turn that was typed, too, none has any."""
+    c = client(serve(scripted(reply_s=0.3)))
+    c.update(turn_detection=None, transcription={"model": "nano"})
+    in_text = {"output_modalities": ["text"]}
+    for _ in range(2):
+        c.say(VOICE)
+        c.send("input_audio_buffer.commit")
+    c.send("response.create", response=in_text)
+    came = c.until("response.done")
+    told = of("conversation.item.input_audio_transcription.completed", came)
+    assert [(e["item_id"], e["transcript"]) for e in told] == [
+        (e["item_id"], text)
+        for e, text in zip(of("input_audio_buffer.committed", came), ["what is it", ""], strict=True)
+    ]
+    c.say(VOICE)
+    c.send("input_audio_buffer.commit")
+    message = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "two plus two"}]}
+    c.send("conversation.item.create", item=message)
+    c.send("response.create", response=in_text)
+    (failed,) = of("conversation.item.input_audio_transcription.failed", c.until("response.done"))
+    assert "typed" in failed["error"]["message"]
+
+
+def test_clearing_tells_which_items_are_forgotten(serve, scripted, client):
+    """What is not answered yet goes with the open turn."""
+    c = client(serve(scripted()))
+    c.update(turn_detection=None)
+    message = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "two plus two"}]}
+    c.send("conversation.item.create", item=message)
+    item = c.until("conversation.item.done")[-1]["item"]["id"]
+    c.send("input_audio_buffer.clear")
+    assert c.until("conversation.item.deleted")[-1]["item_id"] == item
+    c.send("conversation.item.retrieve", item_id=item)
+    assert c.error()["code"] == "item_not_found"
+
+
+def test_other_settings_leave_a_pause_as_it_is(serve, scripted, client):
+    c = client(serve(scripted()))
+    c.update(turn_detection={"type": "server_vad", "silence_duration_ms": 2000})
+    c.say(VOICE, SILENCE)
+    c.until("input_audio_buffer.speech_stopped")
+    c.send("session.update", session={"type": "realtime", "max_output_tokens": 12})
+    c.until("session.updated")
+    c.say(SILENCE, SILENCE)
+    c.until("response.created")
+
+
+def test_a_reply_to_sound_that_came_ahead_of_its_time_does_not_wait(serve, scripted, client):
+    """Without a commit, too."""
+    c = client(serve(scripted(reply_s=0.5)))
+    c.update(turn_detection=None)
+    c.say(*[VOICE] * 40)
+    c.send("response.create")
+    began = time.monotonic()
+    c.until("response.done")
+    assert time.monotonic() - began < 30
 
 
 def test_typed_turns_in_text(serve, scripted, client):
