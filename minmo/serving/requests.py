@@ -45,16 +45,19 @@ async def receive(session: Session, text: str) -> None:
 async def update(session: Session, event: Json) -> None:
     settings = session.settings.updated(event["session"])
     drawing, turn_taking = session.drawing(Wishes.of(None, settings)), session.turn_taking(settings)
+    loop = asyncio.get_running_loop()
 
     def change(conversation: Conversation) -> list[Event]:
         conversation.settings = drawing
         if conversation.turn_taking != turn_taking:
             conversation.turn_taking = turn_taking
+        loop.call_soon_threadsafe(session.updated, settings)  # ahead of a turn that is taken by them at once
         return []
 
     await session.transcribe(settings.transcription)
+    if settings.input_format != session.settings.input_format:
+        session.hear(session.decoder.flush())
     await session.do(change)
-    session.updated(settings)
     session.send({"type": "session.updated", "session": session.as_json()})
 
 
@@ -138,12 +141,15 @@ async def delete_item(session: Session, event: Json) -> None:
     """The context holds exchanges, so both sides of one go, if it holds theirs; what is not yet answered goes with the
     open turn."""
     item = session.items.get(event["item_id"])
+    in_progress = ProtocolError("the item is being answered; cancel the response first", "item_in_progress", "item_id")
     if session.response is not None and item.reply == session.response.reply:
-        raise ProtocolError("the item is being answered; cancel the response first", "item_in_progress", "item_id")
+        raise in_progress
     number = item.reply
     gone = [item] if number == FORGOTTEN else [i for i in session.items if i.reply == number]
     if number is None:
         await session.clear()
+        if item.reply != FORGOTTEN:  # its turn was taken before
+            raise in_progress
     elif number != FORGOTTEN:
         await session.do(lambda conversation: conversation.remove(number) if conversation.history.holds(number) else [])
     for other in gone:
@@ -173,11 +179,7 @@ async def truncate_item(session: Session, event: Json) -> None:
 
 
 async def create_response(session: Session, event: Json) -> None:
-    if session.response is not None:
-        raise ProtocolError(
-            f"{session.response.id} is running: wait for response.done, or cancel it",
-            "conversation_already_has_active_response",
-        )
+    _check_none_runs(session)
     wishes = Wishes.of(event.get("response"), session.settings)
     drawing, loop = session.drawing(wishes), asyncio.get_running_loop()
 
@@ -193,14 +195,32 @@ async def create_response(session: Session, event: Json) -> None:
         loop.call_soon_threadsafe(wish)  # ahead of the events: the predictor's own replies are not meant
         return events
 
-    await session.do(take, after_sound=True)
+    try:
+        await session.do(take, after_sound=True)
+    except RuntimeError:
+        _check_none_runs(session)  # the predictor may have been first
+        raise
+
+
+def _check_none_runs(session: Session) -> None:
+    if session.response is not None:
+        raise ProtocolError(
+            f"{session.response.id} is running: wait for response.done, or cancel it",
+            "conversation_already_has_active_response",
+        )
 
 
 async def cancel_response(session: Session, event: Json) -> None:
     running = session.response
+    not_active = ProtocolError("there is no such response running", "response_cancel_not_active", "response_id")
     if running is None or event.get("response_id") not in (None, running.id):
-        raise ProtocolError("there is no such response running", "response_cancel_not_active", "response_id")
-    await session.do(lambda conversation: conversation.stop())
+        raise not_active
+    try:
+        await session.do(lambda conversation: conversation.stop())
+    except RuntimeError:
+        if session.response is not running:  # it was over meanwhile
+            raise not_active from None
+        raise
 
 
 async def acknowledge(session: Session, event: Json) -> None:

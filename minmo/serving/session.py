@@ -154,10 +154,9 @@ class Session:
         return dataclasses.replace(self._drawing, speak=wishes.modality == "audio", max_text_tokens=wishes.max_tokens)
 
     def updated(self, settings: SessionSettings) -> None:
-        """Goes on with other settings."""
+        """Goes on with other settings. Of another input format what the decoder holds back is to be heard before."""
         before = self.settings.turn_detection
         if settings.input_format != self.settings.input_format:
-            self.hear(self.decoder.flush())
             self.decoder = Encoding(settings.input_format, SAMPLE_RATE, to_wire=False)
             self.settings = settings
             self.input = self._next_input()

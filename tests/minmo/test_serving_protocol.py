@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -187,6 +188,51 @@ def test_clearing_tells_which_items_are_forgotten(serve, scripted, client):
     assert c.until("conversation.item.deleted")[-1]["item_id"] == item
     c.send("conversation.item.retrieve", item_id=item)
     assert c.error()["code"] == "item_not_found"
+
+
+def beside(line, act, first):
+    """Something happens just before, or just after, the next thing that is asked of a line; in another thread, as an
+    engine's is."""
+    do, engine = line.do, ThreadPoolExecutor(1)
+
+    def both(action, **options):
+        line.do = do
+        if first:
+            line.tell(act())
+        done = do(action, **options)
+        if not first:
+            line.tell(act())
+        return done.result()
+
+    line.do = lambda action, **options: engine.submit(both, action, **options)
+
+
+def test_who_asks_for_a_response_when_the_predictor_has_just_begun_one_is_told_so(serve, scripted, client):
+    """And who cancels one that was just over, or deletes what has just been answered."""
+    running = serve(scripted(reply_s=20))
+    c, line = client(running), running.scheduler.lines[0]
+    beside(line, line.take, first=True)
+    c.send("response.create")
+    assert c.error()["code"] == "conversation_already_has_active_response"
+    beside(line, line.done, first=True)
+    c.send("response.cancel")
+    assert c.error()["code"] == "response_cancel_not_active"
+    message = {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "two plus two"}]}
+    c.send("conversation.item.create", item=message)
+    item = c.until("conversation.item.done")[-1]["item"]["id"]
+    beside(line, line.take, first=True)
+    c.send("conversation.item.delete", item_id=item)
+    assert c.error()["code"] == "item_in_progress"
+
+
+def test_a_turn_that_is_taken_as_settings_change_is_told_by_the_new_ones(serve, scripted, client):
+    running = serve(scripted())
+    c, line = client(running), running.scheduler.lines[0]
+    beside(line, line.take, first=False)
+    c.send("session.update", session={"type": "realtime", "output_modalities": ["text"]})
+    came = c.until("response.done")
+    assert of("response.created", came)[0]["response"]["output_modalities"] == ["text"]
+    assert came[-1]["response"]["output"][0]["content"][0]["text"] == "three and four"
 
 
 def test_other_settings_leave_a_pause_as_it_is(serve, scripted, client):
