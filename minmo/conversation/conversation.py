@@ -487,6 +487,7 @@ class Conversation:
             self._branches.reread()
         else:
             self._branches.rejoin(answer.begins + tokens)
+        answer.block = answer.tokens = answer.mel = None  # nothing more of it is made
         self._answer, self._changed, self._over = None, False, answer
 
     def _fail(self, why: str) -> list[Event]:
