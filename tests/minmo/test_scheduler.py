@@ -391,6 +391,9 @@ def test_a_long_conversation_neither_grows_nor_drifts(scheduler, decisions, spea
     decisions.plan(client.conversation, ([NEITHER] * 3 + [TAKE] + [NEITHER] * 21) * (ticks // 25))
     heard, held, replies = 0, [], 0
 
+    def cut(conversation):
+        return conversation.stop() if conversation.phase in (Phase.TAKING, Phase.SPEAKING) else []
+
     def tensors():
         """Bytes, where no reply runs, beside the remembered turns: those come and go as the oldest are forgotten."""
         gc.collect()
@@ -402,8 +405,7 @@ def test_a_long_conversation_neither_grows_nor_drifts(scheduler, decisions, spea
         client.settle()
         heard += sum(isinstance(e, Decision) for e in client.events)
         assert client.conversation.now_ms == heard * 80.0 == (n + 1) * 2_000.0
-        running = (Phase.TAKING, Phase.SPEAKING)
-        client.line.do(lambda c: c.stop() if c.phase in running else []).result(WAIT_S)
+        client.line.do(cut).result(WAIT_S)
         client.settle()
         assert client.conversation.phase is Phase.LISTENING and len(client.conversation.history.open) == 21
         replies += len(client.of(TurnTaken))
