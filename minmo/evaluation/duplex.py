@@ -9,6 +9,7 @@ The clock is simulated: work between ticks takes no time, so that every machine 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -83,19 +84,28 @@ def held(model: MinMo, user: ReactiveUser, settings: Settings, about: Facts) -> 
     facts["expected"] = user.answers
     facts["events"] = [asdict(event) for event in user.events]
     facts["ambiguous"] = [ambiguous(event.text) for event in user.events if event.kind in USER_TURNS]
-    facts["voices"] = [voice for span in found.spans if (voice := _voice(found, *span))]
+    facts["voices"] = _voices(found)
     facts["seconds"] = len(found.user) / SAMPLE_RATE
     facts["tick_ms"] = {f"p{p}": percentile(found.tick_ms, p) for p in (50, 95, 99)}
     return facts, found
 
 
-def _voice(found: Recording, reply: int, begin: int, end: int) -> list[float] | None:
-    """[reply, first sound, last sound] of a span that was played; None where it is silent."""
-    sound = found.assistant[begin:end]
-    if not np.any(sound):
-        return None
-    first, last = voiced(sound, HEARD_DB)
-    return [reply, 1e3 * (begin + first) / found.rate, 1e3 * (begin + last) / found.rate]
+def _voices(found: Recording) -> list[list[float]]:
+    """[reply, first sound, last sound] of each span that was played. Too faint is what is faint in the whole reply:
+    where a machine that is late leaves a gap behind a voice's lead-in, that lead-in is not loud for being alone."""
+    voices = []
+    for reply, group in itertools.groupby(found.spans, lambda span: span[0]):
+        spans = [(begin, end) for _, begin, end in group]
+        sound = np.concatenate([found.assistant[begin:end] for begin, end in spans])
+        if not np.any(sound):
+            continue
+        (first, last), before = voiced(sound, HEARD_DB), 0
+        for begin, end in spans:
+            starts, stops = max(begin, begin + first - before), min(end, begin + last - before)
+            if starts < stops:
+                voices.append([reply, 1e3 * starts / found.rate, 1e3 * stops / found.rate])
+            before += end - begin
+    return voices
 
 
 def evaluate_duplex(

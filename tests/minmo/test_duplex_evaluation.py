@@ -188,6 +188,19 @@ def test_a_conversation_is_held_with_a_user_who_interrupts(conversation):
 
 
 @silero
+def test_a_faint_lead_in_is_not_heard_for_being_alone():
+    """Of a reply that was played with a gap behind its first 70 ms; one that is cut, and one that is silent."""
+    assistant = np.zeros(4 * 24_000, np.float32)
+    assistant[24_000:25_680] = 0.001
+    assistant[28_000:40_000] = np.r_[np.full(2400, 0.001), np.full(9600, 0.3)]
+    assistant[60_000:62_400] = 0.2
+    spans = [(0, 24_000, 25_680), (0, 28_000, 40_000), (1, 60_000, 62_400), (2, 70_000, 71_000)]
+    recording = Recording(np.zeros(4 * 16_000, np.float32), assistant, 24_000, spans, [], [])
+    (one, *times), (other, *brief) = duplex._voices(recording)
+    assert (one, other) == (0, 1) and times == pytest.approx([30_400 / 24, 40_000 / 24], abs=10)
+    assert brief == pytest.approx([2500, 2600], abs=10)
+
+
 def test_silero_finds_the_times_that_are_known(conversation):
     """From the recorded file alone, within 100 ms: what the scores rest on."""
     facts, file = conversation
