@@ -68,7 +68,9 @@ class Client:
     """A client that keeps all it was sent, and holds it against the SDK's types."""
 
     def __init__(self, url, **options):
-        self.socket = connect(url, **{"max_size": None, "max_queue": None, "close_timeout": 1, **options})
+        self.socket = connect(
+            url, **{"max_size": None, "max_queue": None, "close_timeout": 1, "open_timeout": 60, **options}
+        )  # fmt: skip
         self.events = []
 
     def send(self, kind, **fields):

@@ -51,7 +51,8 @@ def run(url, talk, **options):
 
     async def connected():
         client = openai.AsyncOpenAI(api_key="none", base_url=f"{url}/v1")
-        async with client.realtime.connect(model="nano", **options) as connection:
+        patient = {"open_timeout": WAIT_S}
+        async with client.realtime.connect(model="nano", websocket_connection_options=patient, **options) as connection:
             GREETINGS.append(await connection.recv())
             assert GREETINGS[-1].type in ("session.created", "session.resumed")
             return await asyncio.wait_for(talk(connection), WAIT_S)

@@ -131,7 +131,7 @@ class Elsewhere:
 
 class Client:
     def __init__(self, running, query="?duplex=1"):
-        self.socket = connect(running.ws(query), close_timeout=1)
+        self.socket = connect(running.ws(query), close_timeout=1, open_timeout=60)
         self.greeting = json.loads(self.socket.recv(60))
 
     def send(self, kind, **fields):
