@@ -187,7 +187,6 @@ def test_a_conversation_is_held_with_a_user_who_interrupts(conversation):
     assert sound.shape[1] == 2 and len(sound) / rate == pytest.approx(facts["seconds"], abs=0.1)
 
 
-@silero
 def test_a_faint_lead_in_is_not_heard_for_being_alone():
     """Of a reply that was played with a gap behind its first 70 ms; one that is cut, and one that is silent."""
     assistant = np.zeros(4 * 24_000, np.float32)
@@ -201,6 +200,7 @@ def test_a_faint_lead_in_is_not_heard_for_being_alone():
     assert brief == pytest.approx([2500, 2600], abs=10)
 
 
+@silero
 def test_silero_finds_the_times_that_are_known(conversation):
     """From the recorded file alone, within 100 ms: what the scores rest on."""
     facts, file = conversation
